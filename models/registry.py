@@ -1,0 +1,165 @@
+"""The size table, `create_model`, and our names in timm's registry."""
+
+import difflib
+import socket
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import timm
+from huggingface_hub import constants
+from timm.models import is_model_in_modules, register_model
+from timm.models.vision_transformer import VisionTransformer
+
+from models.errors import UserError
+from models.schedule import MergeConfig
+from models.vit import MergingViT, apply_merging
+
+# Ours -> timm's. The rows of published models; weights come from timm's entry of the second name.
+TIMM_NAMES = {
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "deit_tiny_distilled": "deit_tiny_distilled_patch16_224",
+    "deit_small_distilled": "deit_small_distilled_patch16_224",
+    "deit_base_distilled": "deit_base_distilled_patch16_224",
+    "deit3_small": "deit3_small_patch16_224",
+    "deit3_medium": "deit3_medium_patch16_224",
+    "deit3_base": "deit3_base_patch16_224",
+    "deit3_large": "deit3_large_patch16_224",
+}
+# Rows that timm does not have: keywords of its VisionTransformer. deit_digits is the toy that trains in a minute.
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "deit_digits": dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=10),
+}
+NAMES = (*TIMM_NAMES, *OWN_SIZES)
+_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid")
+
+
+def create_model(
+    name: str,
+    num_registers: int | None = None,
+    merge: MergeConfig | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    pretrained: bool = False,
+    register_layer: int = 0,
+    class_layer: int = 0,
+    **vit: Any,
+) -> MergingViT:
+    """A merging model by our name or any supported timm ViT name.
+
+    Args:
+        name: a name of `NAMES`, or of timm ("vit_small_patch16_224.augreg_in21k_ft_in1k", ...).
+        num_registers: R in all; None keeps what the model has.
+        merge: what merges; None merges nothing.
+        num_classes, img_size: None is the model's own; position entries are resampled for another size.
+        pretrained: load timm's published weights (network or hub cache needed).
+        register_layer, class_layer: the blocks before which registers and class token enter.
+        **vit: keywords of timm's VisionTransformer (drop_path_rate, ...); None means its default.
+
+    Raises:
+        UserError: unknown name (with the nearest ones), unsupported model, no weights to be had.
+    """
+    options = {"num_classes": num_classes, "img_size": img_size, **vit}
+    options = {key: value for key, value in options.items() if value is not None}
+    vit_model = _create_vit(name, pretrained, options)
+    return apply_merging(vit_model, merge or MergeConfig(method="none"), num_registers, register_layer, class_layer)
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError for a name that nobody has, or that belongs to a family that cannot be served."""
+    if name in NAMES:
+        return
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*NAMES, *timm.list_models(module="vision_transformer")], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join(NAMES)}"
+        raise UserError(f"unknown model {name!r}; {hint}")
+    if not is_model_in_modules(name, _MODULES):
+        raise UserError(
+            f"model {name!r} is not supported: it is not timm's plain VisionTransformer (ViT, DeiT, DeiT-III, DINOv2)"
+        )
+
+
+def timm_name(name: str) -> str:
+    """timm's name of one of ours; any other name is its own."""
+    return TIMM_NAMES.get(name, name)
+
+
+def native_model(name: str, **options: Any) -> VisionTransformer:
+    """timm's own dense model with fused attention: what a user would otherwise run, and what speed is compared with."""
+    check_name(name)
+    return _create_vit(name, False, {key: value for key, value in options.items() if value is not None})
+
+
+def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
+    check_name(name)
+    size = options.get("img_size")
+    try:
+        if name in OWN_SIZES:
+            if pretrained:
+                raise UserError(
+                    f"{name} has no published weights: train it, or give --finetune FILE and --no_pretrained"
+                )
+            return VisionTransformer(**(OWN_SIZES[name] | options))
+        with _quick_when_offline() if pretrained else nullcontext():
+            return timm.create_model(timm_name(name), pretrained=pretrained, **options)
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        if isinstance(error, RuntimeError) and not _is_network_error(error):
+            raise
+        raise UserError(
+            f"cannot get the pretrained weights of {name} ({type(error).__name__}); without a network give "
+            "--finetune FILE (weights you have), or --no_pretrained to start from random weights"
+        ) from error
+    except AssertionError as error:
+        raise UserError(f"{name} cannot be built with img_size {size}: {error}") from error
+
+
+@contextmanager
+def _quick_when_offline() -> Iterator[None]:
+    """Spare a user without a network the hub client's minute of retries: cached weights still load, others fail now."""
+    endpoint = urllib.parse.urlparse(constants.ENDPOINT)
+    offline = constants.HF_HUB_OFFLINE
+    if not urllib.request.getproxies():
+        try:
+            port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+            socket.create_connection((endpoint.hostname or "", port), timeout=5).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _is_network_error(error: BaseException | None) -> bool:
+    """Whether a hub client's error comes from a missing connection, however it is wrapped."""
+    while error is not None:
+        if isinstance(error, (OSError, ConnectionError, TimeoutError)) or "offline" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _register(name: str) -> None:
+    def entry(pretrained: bool = False, **kwargs: Any) -> MergingViT:
+        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            if kwargs.get(key) is None:
+                kwargs.pop(key, None)
+        return create_model(name, pretrained=pretrained, **kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = __name__
+    entry.__doc__ = f"RegToMe's {name}: `create_model({name!r}, ...)`."
+    globals()[name] = register_model(entry)
+
+
+ENTRY_POINTS: dict[str, Callable[..., MergingViT]] = {}
+for _name in NAMES:
+    _register(_name)
+    ENTRY_POINTS[_name] = globals()[_name]

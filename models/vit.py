@@ -1,0 +1,329 @@
+"""One forward over timm's own ViT blocks, with register tokens and token merging.
+
+Shapes: B batch, N tokens in, M tokens out, n patches at the input, P prefix tokens, C channels, R registers.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Attention, resample_abs_pos_embed, trunc_normal_
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.blocks import BlockOutput, run_block
+from models.errors import UserError
+from models.merging import group_map
+from models.schedule import MergeConfig, TokenPlan, token_plan, warn_if_clamped
+
+
+class MergeOutput(NamedTuple):
+    """What `model(images, trace=True)` returns."""
+
+    logits: Tensor  # (B,classes); with a distillation token the mean of both heads
+    tokens: Tensor  # (B,M,C) after the final norm, prefix first
+    size: Tensor  # (B,M) patches a token stands for, 1 for the prefix
+    group: Tensor  # (B,n) in [0, M-P): the token each patch ended in
+    groups: tuple[Tensor, ...]  # the same after every block
+    counts: tuple[int, ...]  # tokens after every block
+    logits_class: Tensor  # (B,classes) of the class token's head
+    logits_dist: Tensor | None  # (B,classes) of the distillation token's head
+
+
+class MergingViT(VisionTransformer):
+    """A Vision Transformer with registers (arXiv 2309.16588) and token merging, in timm's parameter names.
+
+    The prefix is [class, (distillation,) registers]; registers have no position entry, are never pooled and never
+    merged. `apply_merging` makes one of a timm model, `create_model` of a name; this constructor stands alone.
+
+    Args:
+        image_size, patch_size: pixels.
+        dim, depth, heads, mlp_dim: width C, blocks, heads, hidden width of the MLP.
+        num_registers: R >= 0.
+        r: schedule of ToMe merging, in any form of `MergeConfig`; `merge` gives the whole config instead.
+        register_layer, class_layer: the blocks before which registers and class token enter.
+        distilled: with DeiT's distillation token and second head.
+        **vit: further keywords of timm's VisionTransformer (drop_path_rate, init_values, no_embed_class, ...).
+
+    Raises:
+        UserError: an option out of range or a form that merging does not support.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        num_classes: int = 1000,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_dim: int = 3072,
+        num_registers: int = 4,
+        r: Any = 0,
+        register_layer: int = 0,
+        class_layer: int = 0,
+        merge: MergeConfig | None = None,
+        distilled: bool = False,
+        **vit: Any,
+    ) -> None:
+        if merge is not None and r != 0:
+            raise UserError("give either r or merge (whose r it would contradict), not both")
+        if dim % heads:
+            raise UserError(f"dim {dim} does not divide into {heads} heads")
+        sizes = dict(img_size=image_size, patch_size=patch_size, num_classes=num_classes, embed_dim=dim, depth=depth)
+        # timm computes int(dim * mlp_ratio): the half keeps rounding from losing a unit
+        sizes |= dict(num_heads=heads, mlp_ratio=(mlp_dim + 0.5) / dim)
+        vit_class = VisionTransformerDistilled if distilled else VisionTransformer
+        nn.Module.__init__(self)
+        self._adopt(vit_class(**sizes, **vit))
+        self._configure(merge or MergeConfig(r=r), num_registers, register_layer, class_layer)
+
+    @classmethod
+    def from_timm(
+        cls,
+        vit: VisionTransformer,
+        merge: MergeConfig,
+        num_registers: int | None = None,
+        register_layer: int = 0,
+        class_layer: int = 0,
+    ) -> "MergingViT":
+        """Take over a timm model: its parameters are shared, its modules copied, the model itself unchanged."""
+        check_supported(vit)
+        shared = {id(tensor): tensor for tensor in (*vit.parameters(), *vit.buffers())}
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._adopt(copy.deepcopy(vit, shared))
+        if isinstance(vit, MergingViT):
+            register_layer, class_layer = register_layer or vit.register_layer, class_layer or vit.class_layer
+        model._configure(merge, num_registers, register_layer, class_layer)
+        return model
+
+    def _adopt(self, vit: VisionTransformer) -> None:
+        self.__dict__.update(vit.__dict__)
+        if not isinstance(vit, VisionTransformerDistilled) and not isinstance(vit, MergingViT):
+            self.dist_token, self.head_dist = None, None
+
+    def _configure(self, merge: MergeConfig, num_registers: int | None, register_layer: int, class_layer: int) -> None:
+        check_supported(self)
+        depth = len(self.blocks)
+        for name, layer in (("register_layer", register_layer), ("class_layer", class_layer)):
+            if not 0 <= layer < depth:
+                raise UserError(f"{name} is {layer}, but the model has blocks 0..{depth - 1}")
+        if class_layer and self.cls_token is None:
+            raise UserError("class_layer has no effect: this model has no class token")
+        self.merge, self.register_layer, self.class_layer = merge, register_layer, class_layer
+        self._resize_registers(self.num_registers if num_registers is None else num_registers)
+        if register_layer and self.num_registers == 0:
+            raise UserError("register_layer has no effect: this model has no registers")
+        merge.active(depth)  # raises for layers out of range
+        warn_if_clamped(merge, self.plan())
+
+    def _resize_registers(self, count: int) -> None:
+        """Keep the first registers there are, add fresh ones (trunc-normal .02) for the rest."""
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise UserError(f"num_registers must be an integer >= 0, not {count!r}")
+        have, class_tokens = self.num_registers, self.num_class_tokens
+        if count != have:
+            fresh = self.patch_embed.proj.weight.new_empty(1, max(0, count - have), self.embed_dim)
+            trunc_normal_(fresh, std=0.02)
+            old = [] if self.reg_token is None else [self.reg_token.detach()[:, :count]]
+            extra = self.num_pos_prefix - class_tokens  # so150m's own registers have position entries
+            if count < extra:
+                kept = torch.cat(
+                    (self.pos_embed[:, : class_tokens + count], self.pos_embed[:, self.num_pos_prefix :]), 1
+                )
+                self.pos_embed = nn.Parameter(kept.detach())
+            self.reg_token = nn.Parameter(torch.cat([*old, fresh], dim=1)) if count else None
+        self.num_reg_tokens = count
+        self.num_prefix_tokens = class_tokens + count
+
+    @property
+    def num_registers(self) -> int:
+        """R, the registers in all."""
+        return 0 if self.reg_token is None else self.reg_token.shape[1]
+
+    @property
+    def num_class_tokens(self) -> int:
+        """Class and distillation tokens: 0, 1 or 2."""
+        return int(self.cls_token is not None) + int(self.dist_token is not None)
+
+    @property
+    def num_pos_prefix(self) -> int:
+        """Prefix tokens, from the first, that have a position entry: pos_embed is (1, num_pos_prefix + n, C)."""
+        return 0 if self.pos_embed is None else self.pos_embed.shape[1] - self.patch_embed.num_patches
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay besides biases and norms."""
+        return {"pos_embed", "cls_token", "dist_token", "reg_token"}
+
+    def prefixes(self) -> tuple[int, ...]:
+        """Prefix tokens present in every block."""
+        return tuple(
+            self.num_class_tokens * (layer >= self.class_layer) + self.num_registers * (layer >= self.register_layer)
+            for layer in range(len(self.blocks))
+        )
+
+    def plan(self, r: Any = None, patches: int | None = None) -> TokenPlan:
+        """Tokens merged and left per block for a schedule (default: the model's own) and a number of patches."""
+        merge = self.merge if r is None else self.merge.with_r(r)
+        return token_plan(merge, self.patch_embed.num_patches if patches is None else patches, self.prefixes())
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Change the resolution: position entries of the patches are resampled (bicubic), the others kept."""
+        old_grid, prefix = self.patch_embed.grid_size, self.num_pos_prefix
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
+            resampled = resample_abs_pos_embed(
+                self.pos_embed.detach(), self.patch_embed.grid_size, old_grid, num_prefix_tokens=prefix
+            )
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+
+    def forward(self, images: Tensor, r: Any = None, trace: bool = False) -> Tensor | MergeOutput:  # type: ignore[override]
+        """Logits (B,classes) of images (B,3,H,W); everything else with trace=True.
+
+        Args:
+            r: another schedule than the model's, in any form of `MergeConfig.r`.
+            trace: return a `MergeOutput`.
+        """
+        x = self.embed_patches(images)
+        plan = self.plan(r, x.shape[1])
+        x, size, groups = self._run_blocks(x, plan, trace)
+        x = self.norm(x)
+        logits, logits_class, logits_dist = self._classify(x, size)
+        if not trace:
+            return logits
+        return MergeOutput(logits, x, size, groups[-1], tuple(groups), plan.counts, logits_class, logits_dist)
+
+    def forward_features(self, images: Tensor, r: Any = None) -> Tensor:  # type: ignore[override]
+        """Tokens (B,M,C) after the final norm, prefix first."""
+        return self(images, r=r, trace=True).tokens
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: the number of tokens changes over blocks. Use trace=True."""
+        raise NotImplementedError("a merging model has no fixed grid in the middle; use model(images, trace=True)")
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Patch embeddings with their positions: (B,3,H,W) -> (B,n,C)."""
+        x = self.patch_embed(images)
+        grid = tuple(x.shape[1:3]) if x.ndim == 4 else None  # NHWC: a model with dynamic image size
+        x = x.flatten(1, 2) if x.ndim == 4 else x
+        if self.pos_embed is not None:
+            x = x + self._positions(grid)[:, self.num_pos_prefix :]
+        return self.norm_pre(self.pos_drop(x))
+
+    def _positions(self, grid: Sequence[int] | None) -> Tensor:
+        if grid is None or tuple(grid) == tuple(self.patch_embed.grid_size):
+            return self.pos_embed
+        return resample_abs_pos_embed(
+            self.pos_embed, list(grid), list(self.patch_embed.grid_size), num_prefix_tokens=self.num_pos_prefix
+        )
+
+    def _run_blocks(self, x: Tensor, plan: TokenPlan, trace: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        size = torch.ones(x.shape[:2], device=x.device)
+        group = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None
+        groups: list[Tensor] = []
+        prefix, merged = 0, False
+        for layer, block in enumerate(self.blocks):
+            x, size, prefix = self._enter(layer, x, size, prefix)
+            x, size, step = self._run_block(block, x, size, prefix, plan.merges[layer], merged)
+            merged = merged or step is not None
+            if group is not None:
+                group = group if step is None else group_map(step).gather(1, group + prefix) - prefix
+                groups.append(group)
+        return x, size, groups
+
+    def _run_block(self, block: Block, x: Tensor, size: Tensor, prefix: int, r: int, merged: bool) -> BlockOutput:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(run_block, block, x, size, prefix, r, self.merge, merged, use_reentrant=False)
+        return run_block(block, x, size, prefix, r, self.merge, merged)
+
+    def _enter(self, layer: int, x: Tensor, size: Tensor, prefix: int) -> tuple[Tensor, Tensor, int]:
+        """Insert the prefix tokens whose layer this is, at their places in [class, distillation, registers]."""
+        parts = [x[:, :prefix], x[:, prefix:]]
+        entering = 0
+        if layer == self.class_layer and self.cls_token is not None:
+            parts.insert(0, self._prefix_tokens(0, self.num_class_tokens, len(x)))
+            entering += self.num_class_tokens
+        if layer == self.register_layer and self.reg_token is not None:
+            # class tokens that are here already stay in front of the registers
+            parts.insert(len(parts) - 1, self._prefix_tokens(self.num_class_tokens, self.num_prefix_tokens, len(x)))
+            entering += self.num_registers
+        if not entering:
+            return x, size, prefix
+        ones = size.new_ones(len(x), entering)
+        parts = [part for part in parts if part.shape[1]]
+        # all prefix sizes are 1, so new ones may go in front whatever the order
+        return torch.cat(parts, dim=1), torch.cat((ones, size), dim=1), prefix + entering
+
+    def _prefix_tokens(self, start: int, stop: int, batch: int) -> Tensor:
+        """Prefix tokens [start, stop) with their position entries, as (B, stop - start, C)."""
+        tokens = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
+        x = torch.cat(tokens, dim=1)[:, start:stop]
+        with_position = max(0, min(self.num_pos_prefix, stop) - start)
+        if with_position:
+            positioned = x[:, :with_position] + self.pos_embed[:, start : start + with_position]
+            x = torch.cat((positioned, x[:, with_position:]), dim=1)
+        return self.norm_pre(self.pos_drop(x.expand(batch, -1, -1)))
+
+    def _classify(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits = self.head(self.head_drop(self.fc_norm(self._pool(x, size))))
+        if self.head_dist is None:
+            return logits, logits, None
+        logits_dist = self.head_dist(self.head_drop(x[:, 1]))
+        return (logits + logits_dist) / 2, logits, logits_dist
+
+    def _pool(self, x: Tensor, size: Tensor) -> Tensor:
+        """(B,M,C) -> (B,C). A merged token counts as often as the patches it stands for; registers do not count."""
+        if self.global_pool == "token":
+            return x[:, 0]
+        start = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        x, size = x[:, start:], size[:, start:]
+        if self.attn_pool is not None:
+            return self.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
+        weight = (size / size.sum(dim=1, keepdim=True)).to(x.dtype)
+        mean = (x * weight.unsqueeze(-1)).sum(dim=1)
+        return {"avg": lambda: mean, "max": lambda: x.amax(1), "avgmax": lambda: 0.5 * (x.amax(1) + mean)}[
+            self.global_pool
+        ]()
+
+
+def apply_merging(
+    vit: VisionTransformer,
+    merge: MergeConfig,
+    num_registers: int | None = None,
+    register_layer: int = 0,
+    class_layer: int = 0,
+) -> MergingViT:
+    """A merging model that shares the weights of a timm ViT, which itself stays unchanged.
+
+    Args:
+        num_registers: R in all; None keeps what the model has. New ones are fresh parameters.
+
+    Raises:
+        UserError: (a ValueError) the model is of a form that cannot be served, which is named.
+    """
+    return MergingViT.from_timm(vit, merge, num_registers, register_layer, class_layer)
+
+
+def check_supported(vit: nn.Module) -> None:
+    """Raise a UserError that names what a model has that merging cannot serve."""
+    name = type(vit).__name__
+    problem = None
+    if type(vit) not in (VisionTransformer, VisionTransformerDistilled, MergingViT):
+        problem = f"{name} is not timm's VisionTransformer"
+    elif blocks := {type(block).__name__ for block in vit.blocks if type(block) is not Block}:
+        problem = f"its blocks are {', '.join(sorted(blocks))}, not timm's Block"
+    elif attns := {type(block.attn).__name__ for block in vit.blocks if type(block.attn) is not Attention}:
+        problem = f"its attention is {', '.join(sorted(attns))}, not timm's Attention"
+    elif vit.global_pool not in ("token", "avg", "avgmax", "max", "map"):
+        problem = f"it pools by {vit.global_pool!r}"
+    elif not isinstance(vit.patch_drop, nn.Identity):
+        problem = "it drops patches (patch_drop_rate > 0)"
+    if problem:
+        raise UserError(
+            f"this model is not supported: {problem}; supported are plain ViT, DeiT, DeiT-III and DINOv2 of timm"
+        )
