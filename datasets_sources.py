@@ -37,7 +37,10 @@ SOURCES = {
         "{0}/flowers-102/jpg/*.jpg, imagelabels.mat and setid.mat",
         "get 102flowers.tgz and both files from robots.ox.ac.uk/~vgg/data/flowers/102",
     ),
-    "WDS": ("{0}/train*.tar and {0}/val*.tar, or a pattern like shards/{{split}}-{{000..146}}.tar", "write them so"),
+    "WDS": (
+        "{0}/train*.tar and {0}/val*.tar, or a pattern like shards/{{split}}-*.tar",
+        "write them with webdataset's TarWriter (jpg and cls members)",
+    ),
     "DIGITS": ("", ""),
 }
 
@@ -58,9 +61,6 @@ class Splits(NamedTuple):
     val: Source
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
-
-
-# Images
 
 
 def decode(stream: BinaryIO) -> Image.Image:
@@ -87,9 +87,6 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
         return image
     left, top = (width - w) // 2, (height - h) // 2
     return image.crop((left, top, left + w, top + h))
-
-
-# Sources
 
 
 class FileSource:
@@ -157,33 +154,42 @@ def index_shard(path: str) -> list[tuple[str, int, int, int]]:
     `cls`, the label in digits. A torn or foreign shard raises UserError.
     """
     rows = []
-    for key, group in itertools.groupby(_tar_members(path), key=lambda member: member[0]):
-        parts = {extension: rest for _, extension, *rest in group}
+    for key, group in itertools.groupby(_tar_members(path), key=lambda member: member.key):
+        parts = {member.extension: member for member in group}
         image = next((part for extension, part in parts.items() if f".{extension}" in IMG_EXTENSIONS), None)
-        if image is None and "cls" not in parts:
+        label = parts.get("cls")
+        if image is None and label is None:
             continue  # nothing of ours, such as a lone json
-        if image is None or "cls" not in parts:
+        if image is None or label is None:
             raise UserError(f"sample {key} of {path} lacks its {'image' if image is None else 'cls'} member")
-        text = parts["cls"][2]
-        if not text.strip().isdigit():
-            raise UserError(f"sample {key} of {path}: cls must be a class index in digits, it is {text[:20]!r}")
-        rows.append((key, image[0], image[1], int(text)))
+        if not label.text.strip().isdigit():
+            raise UserError(f"sample {key} of {path}: cls must be a class index in digits, it is {label.text[:20]!r}")
+        rows.append((key, image.offset, image.size, int(label.text)))
     return rows
 
 
-def _tar_members(path: str) -> Iterator[tuple[str, str, int, int, bytes]]:
-    """Yield (key, lower-case extension, offset, size, text of a cls member) of every file in a tar."""
+class Member(NamedTuple):
+    """A file in a tar: sample and extension it belongs to, place in bytes, content if it is a label."""
+
+    key: str
+    extension: str
+    offset: int
+    size: int
+    text: bytes
+
+
+def _tar_members(path: str) -> Iterator[Member]:
     try:
         with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps them all otherwise
                 if not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                handle = tar.extractfile(member) if extension == "cls" else None
+                handle = tar.extractfile(member) if extension.lower() == "cls" else None
+                key = f"{folder}/{stem}" if folder else stem
                 text = handle.read() if handle else b""
-                yield f"{folder}/{stem}" if folder else stem, extension.lower(), member.offset_data, member.size, text
+                yield Member(key, extension.lower(), member.offset_data, member.size, text)
             stream.seek(tar.offset)
             if stream.read(512) != bytes(512):  # tarfile takes a torn header for the end
                 raise tarfile.ReadError("no end mark")
@@ -193,10 +199,8 @@ def _tar_members(path: str) -> Iterator[tuple[str, str, int, int, bytes]]:
         ) from error
 
 
-# Data sets
-
-
 def open_splits(args: Namespace, size: int) -> Splits:
+    """Open the sources of --dataset for images of `size` pixels; train is None with --eval."""
     root = data_root(args)
     try:
         if args.dataset == "DIGITS":
@@ -209,15 +213,16 @@ def open_splits(args: Namespace, size: int) -> Splits:
             return _cifar(args, root)
         return _flowers(args, root) if args.dataset == "FLOWERS102" else _tree(args, root)
     except OSError as error:
-        raise missing_data(args, f"{root} cannot be read ({error.strerror or error})") from error
+        raise missing_data(args, f"{error.filename or root} cannot be read ({error.strerror or error})") from error
 
 
 def data_root(args: Namespace) -> Path:
     """Return the folder (or shard pattern) of the data: --data_path or data/<dataset>."""
-    return Path(args.data_path) if args.data_path else Path("data") / args.dataset
+    return Path(args.data_path).expanduser() if args.data_path else Path("data") / args.dataset
 
 
 def missing_data(args: Namespace, what: str) -> UserError:
+    """Word what is wrong with the data, the tree that is expected and where to get it, in one line."""
     tree, how = SOURCES[args.dataset]
     expected = tree.format(data_root(args))
     return UserError(f"data not found: {what}; expected {expected}; {how}, or --dataset DIGITS needs no files")
@@ -240,10 +245,8 @@ def _cifar(args: Namespace, root: Path) -> Splits:
     cls = tv.CIFAR10 if args.dataset == "CIFAR10" else tv.CIFAR100
     val = _fetch(args, cls, root, train=False)
     train = None if args.eval else _fetch(args, cls, root, train=True)
-    sources = [
-        s and ArraySource(s.data, s.targets, f"{args.dataset} {'train' if s.train else 'val'}") for s in (train, val)
-    ]
-    return Splits(sources[0], sources[1], tuple(val.classes))
+    train_source = train and ArraySource(train.data, train.targets, f"{args.dataset} train")
+    return Splits(train_source, ArraySource(val.data, val.targets, f"{args.dataset} val"), tuple(val.classes))
 
 
 def _flowers(args: Namespace, root: Path) -> Splits:
@@ -287,19 +290,23 @@ def _tree(args: Namespace, root: Path) -> Splits:
     imnet = args.dataset == "IMNET"
     names = ImageNetInfo().label_names() if imnet else folders.get("train") or folders["val"]
     index = {name: i for i, name in enumerate(names)}
-    notes = []
+    notes: list[str] = []
     for split in needed:
         if not folders[split]:
             raise missing_data(args, f"{root / split} has no class folder")
         for name in folders[split]:
             if name not in index:
                 raise UserError(_unknown_class(root, split, name, imnet))
-        if absent := [name for name in names if name not in folders[split]]:
-            some = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
-            notes.append(f"{len(absent)} of {len(names)} classes have no folder in {root / split}: {some}")
+        notes += _absent_classes(root / split, names, set(folders[split]))
     train, val = (_read_split(root / s, folders[s], index) if s in needed else None for s in ("train", "val"))
     assert val is not None
     return Splits(train, val, tuple(names), tuple(notes))
+
+
+def _absent_classes(folder: Path, names: list[str], present: set[str]) -> list[str]:
+    absent = [name for name in names if name not in present]
+    some = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+    return [f"{len(absent)} of {len(names)} classes have no folder in {folder}: {some}"] if absent else []
 
 
 def _unknown_class(root: Path, split: str, name: str, imnet: bool) -> str:
@@ -316,7 +323,7 @@ def _class_folders(folder: Path) -> list[str]:
 def _read_split(folder: Path, names: list[str], index: dict[str, int]) -> FileSource:
     files, labels = [], []
     for name in names:
-        found = [os.path.relpath(path, folder) for path in _image_files(os.path.join(folder, name))]
+        found = [path[len(os.path.join(folder, "")) :] for path in _image_files(os.path.join(folder, name))]
         files += found
         labels += [index[name]] * len(found)
     return FileSource(folder, files, labels)
@@ -338,7 +345,7 @@ def _image_files(folder: str) -> Iterator[str]:
 
 def _shards(pattern: str, args: Namespace) -> Splits:
     """Open webdataset shards; the classes are the lines of classes.txt, the number in num_classes, or counted."""
-    if "://" in pattern or pattern.startswith("pipe:"):
+    if re.match(r"\w+:", pattern):
         raise UserError(f"WDS reads local shards, not {pattern}; copy them to a disk first")
     found = {split: _find_shards(pattern, split, args) for split in ("train", "val")}
     for split in ("val",) if args.eval else ("train", "val"):
@@ -361,7 +368,12 @@ def _find_shards(pattern: str, split: str, args: Namespace) -> list[str]:
             raise missing_data(args, f"{pattern} is neither a folder nor a pattern with {{split}}")
         folder = glob.escape(pattern)
         return sorted(glob.glob(f"{folder}/{split}*.tar") + glob.glob(f"{folder}/{split}/*.tar"))
-    return [path for name in expand_braces(pattern.replace("{split}", split)) for path in sorted(glob.glob(name))]
+    names = expand_braces(pattern.replace("{split}", split))
+    found = [sorted(glob.glob(name)) for name in names]
+    if any(found) and not all(found):
+        missing = names[found.index([])]
+        raise UserError(f"shard {missing} does not exist; fetch it, or write * for the number if the splits differ")
+    return [path for paths in found for path in paths]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -379,7 +391,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _wds_classes(folder: Path) -> tuple[str, ...]:
     if (file := folder / "classes.txt").is_file():
-        return tuple(file.read_text().split("\n")[: file.read_text().rstrip().count("\n") + 1])
+        return tuple(file.read_text().rstrip().splitlines())
     if (file := folder / "num_classes").is_file():
         text = file.read_text().strip()
         if not text.isdigit() or int(text) < 1:

@@ -6,25 +6,23 @@ Shapes: B batch, K classes, C channels.
 
 import difflib
 import math
-import pickle
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from models import MergingViT, UserError
-from models.checkpoint import extract_state_dict, load_weights
+from models.checkpoint import extract_state_dict, load_weights, unwrap_state_dict
 from models.registry import NAMES, create_model, timm_name
 from models.schedule import Inflection, Schedule
+from utils import all_reduce_sum, load_checkpoint
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -229,10 +227,7 @@ def global_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
     A rank returns its share times the number of ranks: DDP's mean of gradients is then the gradient of the global mean.
     """
-    count, world = mask.sum().to(values.dtype), 1
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        world = dist.get_world_size()
+    count, world = all_reduce_sum(torch.stack((mask.sum(), mask.new_ones((), dtype=torch.long)))).to(values.dtype)
     return torch.where(mask, values, 0.0).sum() * world / count.clamp(min=1)
 
 
@@ -326,7 +321,7 @@ def _build_distillation(args: Namespace, teacher: nn.Module | None) -> Distillat
 def build_teacher(args: Namespace, num_classes: int, device: torch.device | str) -> nn.Module | None:
     """The frozen teacher on `device` in evaluation mode, or None without distillation.
 
-    Any timm model name, with weights from --teacher_path (file) or published ones.
+    Any timm model name, with weights from --teacher_path (file or URL) or published ones.
 
     Raises:
         UserError: unknown name, no weights to be had, or not of these classes.
@@ -348,20 +343,18 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device | str)
 
 def _teacher_from_file(name: str, path: str, num_classes: int, img_size: int | None) -> nn.Module:
     """A model of ours by our loading, any other by timm's, which knows the older names of each family."""
-    if not Path(path).is_file():
-        raise UserError(f"--teacher_path {path} is not a file")
+    weights = unwrap_state_dict(load_checkpoint(path), ema=True, source=path)
+    if name in NAMES:
+        return _own_teacher(name, weights, path, num_classes, img_size)
+    overlay: dict[str, Any] = {"state_dict": weights, "num_classes": num_classes, "custom_load": False}
     try:
-        weights = timm.models.load_state_dict(path)
-        if name in NAMES:
-            return _own_teacher(name, weights, path, num_classes, img_size)
-        overlay: dict[str, Any] = {"state_dict": weights, "num_classes": num_classes, "custom_load": False}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes)
-    except (OSError, RuntimeError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--teacher_path {path} does not fit {name} with {num_classes} classes: {reason}") from error
 
 
-def _own_teacher(name: str, weights: Any, path: str, num_classes: int, img_size: int | None) -> nn.Module:
+def _own_teacher(name: str, weights: dict[str, Tensor], path: str, num_classes: int, img_size: int | None) -> nn.Module:
     weights, _ = extract_state_dict(weights, source=path)
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else None
     teacher = create_model(name, num_registers=registers, num_classes=num_classes, img_size=img_size)

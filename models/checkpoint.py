@@ -87,8 +87,8 @@ def extract_state_dict(checkpoint: Any, *, ema: bool = False, source: str = "the
         checkpoint, ema, source: as for `unwrap_state_dict`.
 
     Returns:
-        The state dict, and one of "regtome", "mctf", "deit", "timm", "deit3", "regs-small-vits", "registers-merging",
-        "dinov2".
+        The state dict, and one of "regtome", "mctf", "timm" (also DeiT, whose names are the same), "deit3",
+        "regs-small-vits", "registers-merging", "dinov2".
 
     Raises:
         UserError: no weights, or not of a Vision Transformer.
@@ -333,13 +333,11 @@ def _origin(checkpoint: Mapping[str, Any], weights: StateDict) -> str:
         return "deit3"
     if any(isinstance(checkpoint.get(key), (tuple, list)) for key in _EMA_KEYS):
         return "mctf"
-    if "model" not in checkpoint:
-        return "timm"
-    return "regtome" if "merge" in checkpoint else "deit"
+    return "regtome" if "merge" in checkpoint else "timm"
 
 
 _TO_TIMM: dict[str, Callable[[StateDict], StateDict]] = {
-    **dict.fromkeys(("regtome", "mctf", "deit", "timm"), dict),  # in timm's names already
+    **dict.fromkeys(("regtome", "mctf", "timm"), dict),  # in timm's names already
     "deit3": from_deit3,
     "regs-small-vits": from_regs_small_vits,
     "registers-merging": from_registers_merging,

@@ -89,6 +89,19 @@ def timm_name(name: str) -> str:
     return TIMM_NAMES.get(name, name)
 
 
+def data_settings(name: str) -> dict[str, Any]:
+    """Preprocessing of a model's published weights: input_size, mean, std, interpolation, crop_pct.
+
+    DeiT's own evaluation resizes 224 px to 256 (crop 0.875), where timm's entry says 0.9.
+    """
+    if name in OWN_SIZES:
+        return {"input_size": OWN_SIZES[name]["img_size"]}
+    cfg = timm.get_pretrained_cfg(timm_name(name))
+    settings = {key: getattr(cfg, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+    crop = 0.875 if name.startswith("deit_") else settings["crop_pct"]
+    return settings | {"input_size": cfg.input_size[-1], "crop_pct": crop}
+
+
 def native_model(name: str, **options: Any) -> VisionTransformer:
     """timm's own dense model with fused attention: what a user would otherwise run, and what speed is compared with."""
     check_name(name)

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,17 +15,17 @@ from torch import Tensor
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.checkpoint import LoadReport, extract_state_dict, load_weights, unwrap_state_dict
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
+TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
 Weights = dict[str, Tensor]
 
 
-def timm_vit(distilled: bool = False, seed: int = 0, **options: object) -> torch.nn.Module:
+def timm_vit(distilled: bool = False, seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
     name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
     return timm.create_model(name, **(TINY | options)).eval()
 
 
-def ours(registers: int | None = 0, seed: int = 1, **options: object) -> MergingViT:
+def ours(registers: int | None = 0, seed: int = 1, **options: Any) -> Any:
     return apply_merging(timm_vit(seed=seed, **options), MergeConfig(method="none"), num_registers=registers).eval()
 
 
@@ -52,12 +53,12 @@ def assert_equal_but(model: torch.nn.Module, weights: Mapping[str, Tensor], *nam
 @pytest.mark.parametrize(
     ("wrap", "origin"),
     [
-        (lambda w: {"model": w}, "deit"),
+        (lambda w: {"model": w}, "timm"),
         (lambda w: w, "timm"),
         (lambda w: {"state_dict": w, "epoch": 3, "arch": "vit"}, "timm"),
         (lambda w: {"model": w, "model_ema": None, "merge": {}, "epoch": 1}, "regtome"),
         (lambda w: {"model": w, "model_ema": (w,), "args": argparse.Namespace(lr=1)}, "mctf"),
-        (lambda w: {"model": {f"module.{k}": v for k, v in w.items()}}, "deit"),
+        (lambda w: {"model": {f"module.{k}": v for k, v in w.items()}}, "timm"),
         (lambda w: {"module._orig_mod." + k: v for k, v in w.items()}, "timm"),
         (lambda w: {"state_dict": {f"model.{k}": v for k, v in w.items()}}, "timm"),
         (lambda w: {f"backbone.{k}": v for k, v in w.items()}, "timm"),
@@ -124,7 +125,7 @@ def test_two_models_in_one_dict_are_refused() -> None:
 
 
 def test_deit3_names_and_positions_without_class_entry() -> None:
-    options = {"no_embed_class": True, "init_values": 1e-3}
+    options: dict[str, Any] = {"no_embed_class": True, "init_values": 1e-3}
     source = timm_vit(**options)
     weights, origin = extract_state_dict({"model": deit3_native(source.state_dict())})
     assert origin == "deit3"
@@ -134,7 +135,7 @@ def test_deit3_names_and_positions_without_class_entry() -> None:
 
 
 def test_regs_small_vits_registers() -> None:
-    options = {"no_embed_class": True, "init_values": 1e-3}
+    options: dict[str, Any] = {"no_embed_class": True, "init_values": 1e-3}
     source = ours(registers=4, **options)
     weights, origin = extract_state_dict({"model": deit3_native(source.state_dict()), "model_ema": None})
     assert origin == "regs-small-vits"
