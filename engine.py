@@ -21,9 +21,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import Batch, TrainLoader
+from datasets import Batch, EvalLoader, TrainLoader
 from models.errors import UserError
-from utils import Distributed, Progress, RunError, StopSignal, all_reduce_sum, gather_names, seed_all
+from utils import Distributed, Progress, RunError, StopSignal, all_reduce_sum, any_rank, gather_names, seed_all
 
 Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 
@@ -186,8 +186,8 @@ class Trainer:
         """Whether all gradients are numbers; fp16's scaler judges its own (an overflow is part of its search)."""
         if self.precision.scaler.is_enabled():
             return True
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all()) if grads else True
+        grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return bool(torch.isfinite(nn.utils.get_total_norm(grads))) if grads else True
 
 
 def train_one_epoch(
@@ -204,8 +204,8 @@ def train_one_epoch(
     log: Callable[[str], None],
     log_every: int = 10,
     after_step: Callable[[int], None] = lambda step: None,
-) -> int:
-    """Train from micro-batch `start` to the end of an epoch, or until a stop is asked for.
+) -> bool:
+    """Train from micro-batch `start` to the end of an epoch, or until a stop is asked for on any rank.
 
     Args:
         epoch_log: sums that the steps add to.
@@ -213,7 +213,7 @@ def train_one_epoch(
         after_step: called with the micro-batches done after every update.
 
     Returns:
-        Micro-batches done: len(loader), or fewer after a stop.
+        True at the end of the epoch, False after a stop; all ranks decide together.
 
     Raises:
         RunError: too many non-finite steps or unreadable images.
@@ -226,16 +226,17 @@ def train_one_epoch(
         rate = set_lr(epoch + done / len(loader))
         sums = trainer.step_gradients(group, epoch, done)
         done += len(group)
-        if _share(trainer, group, sums, epoch_log, stop, bad, log):
+        finite, stopping = _share(trainer, group, sums, epoch_log, stop, bad, log)
+        if finite:
             trainer.update()
         else:
             _skip(trainer, epoch_log, max_nonfinite, epoch, done, log)
         if progress.due:
             progress.show(loss=epoch_log.means().get("loss", float("nan")), lr=rate)
         after_step(done)
-        if stop.requested:
-            break
-    return done
+        if stopping:
+            return False
+    return True
 
 
 def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -256,8 +257,12 @@ def _share(
     stop: StopSignal,
     bad: BadImages,
     log: Callable[[str], None],
-) -> bool:
-    """Exchange a step's sums and flags between ranks, once; True if every rank's loss and gradient are finite."""
+) -> tuple[bool, bool]:
+    """Exchange a step's sums and flags between ranks, once: is every rank's loss finite, and does any rank stop?
+
+    A rank acts on what was exchanged only: a signal that comes a moment later waits for the next step, or the ranks
+    would part ways.
+    """
     names = [name for batch in group for name in batch.bad]
     finite = bool(torch.isfinite(sums["loss"])) and trainer.gradients_finite()
     flags = [not finite, bool(stop.requested), bool(names), sum(len(batch.images) for batch in group)]
@@ -269,11 +274,11 @@ def _share(
     if stopping and not stop.requested:
         stop.request("another rank")
     if nonfinite:
-        return False
+        return False, bool(stopping)
     epoch_log.samples += samples
     for name, total in zip(sums, totals, strict=True):
         epoch_log.sums[name] = epoch_log.sums.get(name, 0.0) + total
-    return True
+    return True, bool(stopping)
 
 
 def _skip(trainer: Trainer, epoch_log: EpochLog, limit: int, epoch: int, done: int, log: Callable[[str], None]) -> None:
@@ -305,7 +310,7 @@ class Scores:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable[Batch],
+    loader: EvalLoader,
     schedules: Sequence[Any],
     precision: Precision,
     dist: Distributed,
@@ -315,22 +320,30 @@ def evaluate(
     log: Callable[[str], None] = print,
     title: str = "eval",
     log_every: int = 10,
-    total: int | None = None,
-) -> list[Scores]:
+    stop: StopSignal | None = None,
+) -> list[Scores] | None:
     """Scores of several schedules in one pass over the data; every image counts once, whatever the number of ranks.
 
     Args:
         schedules: values of `model(images, r=...)`; None is the model's own.
         agreement: also compare with r = 0 of the same weights.
         bad: where unreadable images are counted; each is a wrong answer.
+        stop: where given, ranks look together after every batch, and a stop on any of them returns None.
     """
     model.eval()
     # correct@1, correct@5, loss, agree, kl, per schedule; then images and readable images
     sums = torch.zeros(len(schedules), 5, dtype=torch.double, device=dist.device)
     counts = torch.zeros(2, dtype=torch.double, device=dist.device)
     names: list[str] = []
-    progress = Progress(loader, len(loader) if total is None else total, title, log_every, dist.is_main)  # type: ignore[arg-type]
-    for batch in progress:
+    progress = Progress(loader, len(loader), title, log_every, dist.is_main)
+    batches, steps = iter(progress), _most(len(loader))
+    for _ in range(steps):
+        if stop is not None and any_rank(stop.requested is not None, dist):
+            stop.request("another rank")
+            return None
+        batch = next(batches, None)  # a rank may have one batch fewer than another
+        if batch is None:
+            continue
         images, targets, valid = (t.to(dist.device, non_blocking=True) for t in batch[:3])
         names += batch.bad
         counts += torch.stack((torch.tensor(len(valid), device=valid.device), valid.sum())).double()
@@ -346,6 +359,11 @@ def evaluate(
     if bad is not None and names:
         bad.check(log, bad.add(names))
     return [_scores(row, counts, agreement) for row in sums]
+
+
+def _most(length: int) -> int:
+    """The largest number of batches of any rank."""
+    return max(map(int, gather_names([str(length)])))
 
 
 def _score(logits: Tensor, targets: Tensor, valid: Tensor, dense: Tensor | None) -> Tensor:
@@ -381,7 +399,7 @@ def _scores(row: Tensor, counts: Tensor, agreement: bool) -> Scores:
 def throughput(
     runs: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, precision: Precision, seconds: float = 20.0
 ) -> dict[str, dict[str, float]]:
-    """Images per second of several models on the same images, in interleaved rounds so that ratios survive a noisy machine.
+    """Images per second of several models on the same images, in interleaved rounds: ratios survive a noisy machine.
 
     Args:
         runs: name -> forward.
@@ -441,7 +459,7 @@ def build_trainer(
     """Wrap the model as asked, and make its optimizer and average."""
     module.set_grad_checkpointing(args.grad_checkpointing)  # type: ignore[operator]
     ema = ModelEmaV3(module, decay=args.model_ema_decay) if args.model_ema else None
-    model = torch.compile(module) if args.compile else module
+    model: nn.Module = torch.compile(module) if args.compile else module  # type: ignore[assignment]
     if dist.distributed:
         ids = [dist.device.index] if dist.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

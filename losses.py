@@ -1,7 +1,7 @@
 """Objectives: supervised, distillation (soft, hard, by a token), and the full/merged pairing with consistency.
 
-An objective turns (model, images, targets) into {"loss": scalar, part: detached scalar, ...}; the training loop knows no more.
-Shapes: B batch, K classes, C channels.
+An objective turns (model, images, targets) into {"loss": scalar, part: detached scalar, ...}; the loop knows
+no more. Shapes: B batch, K classes, C channels.
 """
 
 import difflib
@@ -121,10 +121,10 @@ class _Pass:
 class Objective:
     """The training objective: `parts = objective(model, images, targets)`, then `parts["loss"].backward()`.
 
-    Parts, where they apply: "ce" (merged, or only, pass), "distillation", "full_ce", "consistency", "selected" (share of
-    the images that counted for the consistency). A part is not weighted. With a distillation token the class head learns
-    from the labels and the other head from the teacher; without one, the same logits do both. Without distillation a
-    distilled model's mean of both heads learns from the labels.
+    Parts, where they apply: "ce" (merged, or only, pass), "distillation", "full_ce", "consistency", "selected" (share
+    of the images that counted for the consistency). A part is not weighted. With a distillation token the class head
+    learns from the labels and the other head from the teacher; without one, the same logits do both. Without
+    distillation a distilled model's mean of both heads learns from the labels.
 
     Args:
         criterion: loss of logits and targets.

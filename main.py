@@ -12,7 +12,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         UserError: anything that argparse or the rules between flags refuse.
     """
     parser = build_parser()
+    argv = from_mctf(argv)
     args = parser.parse(argv)
     defaults = _config_tokens(args.config, parser) if args.config else []
     args = parser.parse([*defaults, *argv])
@@ -302,6 +303,78 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         args = parser.parse([*defaults, *argv])
     _check_rules(args)
     return args
+
+
+def from_mctf(argv: Sequence[str]) -> list[str]:
+    """MCTF's command lines in named flags, which are printed; any other command line as it is.
+
+    mctf_type = r, full_r_max, trace (no effect), prop_attn, one_step_ahead, tau_sim, tau_info, tau_size, bidirectional,
+    pooling, unused; task_type = merged on/off, full on/off, consistency threshold (0: off), unused; task_weight =
+    merged_weight, full_weight, consistency_weight. Where MCTF's defaults differ from DeiT's, they are put in front.
+    """
+    old = Parser(add_help=False, allow_abbrev=False)
+    for flag in ("--use_mctf", "--mctf_type", "--task_type", "--task_weight"):
+        old.add_argument(flag)
+    given, rest = old.parse_known_args([_underscored(token) for token in argv])
+    if given.use_mctf is None and given.mctf_type is None and given.task_type is None:
+        return list(argv)
+    task = _number_list("task_type", given.task_type or "[1,0,0]", 3, 4)
+    named = [] if "--eval" in rest else list(_MCTF_RECIPE)
+    named += _task_flags(task, _number_list("task_weight", given.task_weight or "[1,1,1]", 3, 3))
+    if (given.use_mctf or "True") not in ("False", "false", "0"):
+        named += _method_flags(_number_list("mctf_type", given.mctf_type or "", 10, 11), bool(task[1]))
+    rest = _unpack_r_evals(rest)
+    log("as named flags: main.py " + " ".join([*named, *rest]))
+    return [*named, *rest]
+
+
+# what MCTF's main.py does where its README's command lines say nothing: no mixing, no warm-up, ten epochs of cooldown
+_MCTF_RECIPE = ("--mixup", "0", "--cutmix", "0", "--warmup_epochs", "0", "--cooldown_epochs", "10")
+
+
+def _number_list(flag: str, text: str, least: int, most: int) -> list[int | float]:
+    """[16,8,0.4] -> numbers."""
+    try:
+        values = [_number(item) for item in text.strip().strip("[]()").split(",") if item.strip()]
+    except ValueError:
+        values = []
+    if not least <= len(values) <= most:
+        raise UserError(f"--{flag} must be a list of {least} to {most} numbers such as [16,8,...], not {text!r}")
+    return values
+
+
+def _task_flags(task: list[int | float], weight: list[int | float]) -> list[str]:
+    merged, full, threshold = task[:3]
+    flags = ["--merged_weight", str(weight[0] if merged else 0), "--full_weight", str(weight[1] if full else 0)]
+    if full and threshold:
+        flags += ["--consistency_weight", str(weight[2]), "--consistency_threshold", str(threshold)]
+    return flags if merged or full else []
+
+
+def _method_flags(values: list[int | float], pairing: bool) -> list[str]:
+    r, full_r_max, _, prop_attn, ahead, tau_sim, tau_info, tau_size, both_ways, pooling = values[:10]
+    try:
+        flags = ["--merge", "mctf", "--r", str(r), "--one_step_ahead", ONE_STEP_AHEAD[int(ahead)]]
+        flags += ["--pooling", POOLINGS[int(pooling)]]
+    except IndexError:
+        raise UserError("--mctf_type: one_step_ahead (5th) is 0, 1 or 2 and pooling (10th) is 0, 1, 2 or 3") from None
+    for name, tau in (("tau_sim", tau_sim), ("tau_info", tau_info), ("tau_size", tau_size)):
+        flags += [f"--{name}", str(tau)]
+    flags += [
+        "--prop_attn" if prop_attn else "--no_prop_attn",
+        "--bidirectional" if both_ways else "--no_bidirectional",
+    ]
+    # r' in [0, 0) and in [0, 1) are both always 0
+    return flags + (["--full_r_max", str(full_r_max or 1)] if pairing else [])
+
+
+def _unpack_r_evals(tokens: list[str]) -> list[str]:
+    """--r_evals [8,16] -> --r_evals 8 16."""
+    unpacked: list[str] = []
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        is_list = before == "--r_evals" and token.startswith("[")
+        unpacked += [item for item in token.strip("[]").split(",") if item.strip()] if is_list else [token]
+    return unpacked
 
 
 def _config_tokens(path: str, parser: Parser) -> list[str]:
@@ -348,28 +421,22 @@ def _check_rules(args: Namespace) -> None:
 # Building
 
 
+_MERGE_FIELDS = [field.name for field in fields(MergeConfig) if field.name not in ("method", "r", "activate_layers")]
+
+
 def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> MergeConfig:
     """The merging that the command line asks for, or a checkpoint's where it asks for nothing."""
-    names = ("dense_layers", "prop_attn", "tau_sim", "tau_info", "tau_size", "bidirectional", "one_step_ahead")
-    names += ("pooling", "min_tokens", "local_grid", "global_layer")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in _MERGE_FIELDS if getattr(args, name) is not None}
     if args.activate_layer is not None:
         given["activate_layers"] = args.activate_layer
     if stored is not None and args.merge is None and args.r is None and not given:
         return MergeConfig.from_dict(stored)
-    merges = args.r is not None or any(parse_schedule(r) != 0 for r in args.r_evals or ())
-    method = args.merge or ("tome" if merges else "none")
-    if method != "none" and not merges and args.r is None and not args.r_evals:
+    evaluated = [r for r in args.r_evals or () if parse_schedule(r) != 0]
+    method = args.merge or ("tome" if args.r is not None or evaluated else "none")
+    if method != "none" and args.r is None and not args.r_evals:
         raise UserError(f"--merge {method} merges nothing without an amount; give --r, for instance --r 16")
-    r = args.r if args.r is not None else (max(args.r_evals, key=_mean_r) if method != "none" and args.r_evals else 0)
+    r = args.r if args.r is not None else evaluated[0] if evaluated and method != "none" else 0
     return MergeConfig(method=method, r=r, **given)
-
-
-def _mean_r(text: str) -> float:
-    r = parse_schedule(text)
-    return (
-        sum(r) / max(len(r), 1) if isinstance(r, tuple) and not hasattr(r, "inflection") else float(getattr(r, "r", r))
-    )
 
 
 class Weights:
@@ -381,8 +448,9 @@ class Weights:
             raise UserError(f"--resume auto finds no checkpoint in {args.output_dir}; name a file")
         self.path = self.resumed[1] if self.resumed else args.finetune
         self.state = self.resumed[0] if self.resumed else (load_checkpoint(args.finetune) if args.finetune else None)
-        stored = (self.state or {}).get("args")
-        self.stored = stored if isinstance(stored, dict) and isinstance(self.state.get("merge"), dict) else None
+        state = self.state or {}
+        ours = isinstance(state.get("args"), dict) and isinstance(state.get("merge"), dict)
+        self.stored: dict[str, Any] | None = state["args"] if ours else None
         self.name = name or (self.stored or {}).get("model") or "deit_small"
         default = self.state is None and self.name not in OWN_SIZES
         self.pretrained = default if args.pretrained is None else args.pretrained and self.state is None
@@ -479,7 +547,7 @@ def run_eval(args: Namespace, dist: Distributed) -> int:
     data, weights, model, precision = prepare(args, dist)
     schedules = list(args.r_evals or [format_schedule(model.merge.r)])
     plans = {text: model.plan(text) for text in schedules}  # mistakes before the pass over the data
-    forward = torch.compile(model) if args.compile else model
+    forward: nn.Module = torch.compile(model) if args.compile else model  # type: ignore[assignment]
     scores = evaluate(
         forward,
         build_eval_loader(args, data.val, dist.rank, dist.world),
@@ -491,6 +559,7 @@ def run_eval(args: Namespace, dist: Distributed) -> int:
         log=log,
         log_every=args.log_every,
     )
+    assert scores is not None  # only a stop signal, which is not listened to here, leaves none
     rows = [_row(model, text, plans[text], score) for text, score in zip(schedules, scores, strict=True)]
     if args.throughput:
         _add_throughput(rows, args, weights.name, model, forward, precision, dist)
@@ -574,7 +643,7 @@ class Run:
         self.args, self.dist = args, dist
         self.folder = Path(args.output_dir).expanduser() if args.output_dir else None
         self.data, weights, self.module, precision = prepare(args, dist)
-        assert self.data.train is not None
+        self.name = weights.name
         freeze(self.module, args.train_only)
         self.train_loader = build_train_loader(args, self.data, dist.rank, dist.world)
         self.val_loader = build_eval_loader(args, self.data.val, dist.rank, dist.world)
@@ -586,7 +655,7 @@ class Run:
         self.scheduler, self.epochs = build_scheduler(args, self.trainer.optimizer)
         self.bad = BadImages(bad_image_limit(args, self.data))
         self.epoch, self.step, self.best = 0, 0, -1.0
-        self.epoch_log, self.seconds = EpochLog(), 0.0
+        self.epoch_log, self.seconds, self.saved = EpochLog(), 0.0, ""
         if weights.resumed is not None:
             self._resume(*weights.resumed)
         self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch or None)
@@ -610,7 +679,7 @@ class Run:
             "sampler": self._position(),
             "epoch_log": asdict(self.epoch_log) | {"seconds": self.seconds},
             "merge": self.module.merge.as_dict(),
-            "args": to_plain(self.args) | {"model": self.args.model or "deit_small"},
+            "args": to_plain(self.args) | {"model": self.name},
             "best": self.best,
         }
 
@@ -642,6 +711,7 @@ class Run:
             set_rng_state(state["rng"])
             trainer.objective.load_state_dict(state["rng"]["objective"])
         self._check_position(state.get("sampler"), path)
+        self.saved = path
         log(f"resumed {path} at epoch {self.epoch}, micro-batch {self.step}")
 
     def _check_position(self, saved: dict[str, int] | None, path: str) -> None:
@@ -661,17 +731,29 @@ class Run:
         if self.checkpoint is not None and self.dist.is_main:
             save_checkpoint(self.checkpoint, self.state())
         barrier()
+        if self.checkpoint is not None:
+            self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
 
     def fit(self, stop: StopSignal) -> int:
-        """Train to the end or to a stop; returns the exit status."""
+        """Train to the end or to a stop; returns the exit status.
+
+        Raises:
+            RunError: the run cannot go on; names the checkpoint to go on from.
+        """
+        try:
+            return self._fit(stop)
+        except RunError as error:
+            saved = self.saved or "none"
+            raise RunError(f"{error}; last good checkpoint: {saved}") from error
+
+    def _fit(self, stop: StopSignal) -> int:
         if self.folder is not None and self.dist.is_main:
             write_json(self.folder / "args.json", to_plain(self.args))
             clear_stop_marker(self.folder)
             truncate_log(self.folder / "log.txt", self.epoch)
         while self.epoch < self.epochs:
-            if not self._train_epoch(stop):
+            if not (self._train_epoch(stop) and self._finish_epoch(stop)):
                 return self._stopped(stop)
-            self._finish_epoch()
         log(f"done: {self.epochs} epochs, best accuracy {self.best:.3f} %")
         self.writer.close()
         return 0
@@ -687,7 +769,7 @@ class Run:
             if every and done % every == 0 and done < len(self.train_loader):
                 self.save()
 
-        done = train_one_epoch(
+        return train_one_epoch(
             self.trainer,
             self.train_loader,
             self.epoch,
@@ -701,11 +783,10 @@ class Run:
             log_every=self.args.log_every,
             after_step=after_step,
         )
-        return done == len(self.train_loader) and not stop.requested
 
     def _set_lr(self, epoch: float) -> float:
         if self.args.sched != "plateau":
-            self.scheduler.step(epoch)
+            self.scheduler.step(epoch)  # type: ignore[arg-type]  # timm's schedules are smooth in the epoch
         return max(group["lr"] / group.get("lr_scale", 1.0) for group in self.trainer.optimizer.param_groups)
 
     def _stopped(self, stop: StopSignal) -> int:
@@ -719,10 +800,13 @@ class Run:
         self.writer.close()
         return stop.status
 
-    def _finish_epoch(self) -> None:
-        """Evaluate, log, save; the epoch counts as done when its checkpoint is on the disk."""
-        raw = self._evaluate(self.trainer.model, "test")
-        ema = self._evaluate(self.trainer.ema.module, "test EMA") if self.trainer.ema is not None else None
+    def _finish_epoch(self, stop: StopSignal) -> bool:
+        """Evaluate, log, save; False after a stop, and then a resumed run evaluates first."""
+        raw = self._evaluate(self.trainer.model, "test", stop)
+        average = self.trainer.ema
+        ema = self._evaluate(average.module, "test EMA", stop) if raw is not None and average is not None else None
+        if raw is None or (average is not None and ema is None):
+            return False
         chosen = raw if ema is None else ema
         lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in self.trainer.optimizer.param_groups)
         line = {"epoch": self.epoch, **{f"train_{name}": value for name, value in self.epoch_log.means().items()}}
@@ -745,12 +829,14 @@ class Run:
             self._save_best()
         if self.epoch % self.args.save_every == 0 or self.epoch == self.epochs:
             self.save()
+        return True
 
-    def _evaluate(self, model: nn.Module, title: str) -> Scores:
+    def _evaluate(self, model: nn.Module, title: str, stop: StopSignal) -> Scores | None:
         module = getattr(model, "module", model)  # DDP would wait for ranks that have fewer batches
-        return evaluate(
-            module, self.val_loader, [None], self.trainer.precision, self.dist, bad=self.bad, log=log, title=title
-        )[0]
+        precision, every = self.trainer.precision, self.args.log_every
+        options = {"bad": self.bad, "log": log, "title": title, "log_every": every, "stop": stop}
+        scores = evaluate(module, self.val_loader, [None], precision, self.dist, **options)
+        return scores[0] if scores else None
 
     def _log_epoch(self, line: dict[str, Any]) -> None:
         log("  ".join(f"{key} {value:.5g}" for key, value in line.items()))

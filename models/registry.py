@@ -97,6 +97,7 @@ def data_settings(name: str) -> dict[str, Any]:
     if name in OWN_SIZES:
         return {"input_size": OWN_SIZES[name]["img_size"]}
     cfg = timm.get_pretrained_cfg(timm_name(name))
+    assert cfg is not None, "check_name comes first"
     settings = {key: getattr(cfg, key) for key in ("mean", "std", "interpolation", "crop_pct")}
     crop = 0.875 if name.startswith("deit_") else settings["crop_pct"]
     return settings | {"input_size": cfg.input_size[-1], "crop_pct": crop}
