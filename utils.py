@@ -499,7 +499,7 @@ def _logged_epoch(line: bytes) -> float:
 
 def to_plain(obj: Any) -> Any:
     """Turn args, a dataclass or a nest of them into dicts, lists, str, int, float, bool and None."""
-    if obj is None or isinstance(obj, (bool, int, float, str)) and type(obj).__module__ == "builtins":
+    if obj is None or (isinstance(obj, (bool, int, float, str)) and type(obj).__module__ == "builtins"):
         return obj
     if isinstance(obj, argparse.Namespace):
         return to_plain(vars(obj))
