@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -23,9 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Batch, EvalLoader, TrainLoader
 from models.errors import UserError
-from utils import Distributed, Progress, RunError, StopSignal, all_reduce_sum, any_rank, gather_names, seed_all
+from utils import Distributed, Progress, RunError, StopSignal, all_reduce_sum, any_rank, gather_names, nearest, seed_all
 
 Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # of timm, those that DeiT's flags describe
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class SharpnessAware:
     def ascend(self, scale: float) -> None:
         """Climb by the gradients at hand, which a scaler has multiplied by `scale`; then clear them."""
         self.saved = [parameter.detach().clone() for parameter in self.parameters]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad.float() / scale for p in self.parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad / scale for p in self.parameters]
         weights = [p.abs() if self.adaptive else None for p in self.parameters]
         scaled = [g if w is None else g * w for g, w in zip(grads, weights, strict=True)]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in scaled]))
@@ -153,7 +155,10 @@ class Trainer:
     def _move(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = batch.images.to(self.dist.device, non_blocking=True)
         targets = batch.targets.to(self.dist.device, non_blocking=True)
-        return self.mixup(images, targets) if self.mixup is not None else (images, targets)
+        if self.mixup is None:
+            return images, targets
+        # timm's Mixup writes into its input, which on a CPU is the batch itself: a second pass would mix it twice
+        return self.mixup(images.clone() if images is batch.images else images, targets)
 
     def _no_sync(self) -> AbstractContextManager:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
@@ -485,6 +490,9 @@ def build_optimizer(args: Namespace, groups: list[dict[str, Any]], world: int) -
     """timm's optimizer of that name; lr is scaled by the global batch / 512 as in DeiT."""
     factor = 1.0 if args.unscale_lr else args.batch_size * args.accumulation_steps * world / 512
     options = {"eps": args.opt_eps, "betas": args.opt_betas}
+    names = [name for name in list_optimizers() if not get_optimizer_info(name).second_order]
+    if args.opt.lower().removeprefix("lookahead_") not in names:
+        raise UserError(nearest(args.opt, names, "--opt"))
     try:
         return create_optimizer_v2(
             groups,
@@ -500,6 +508,8 @@ def build_optimizer(args: Namespace, groups: list[dict[str, Any]], world: int) -
 
 def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> tuple[Scheduler, int]:
     """timm's schedule over epochs (taken at fractions of them), and the number of epochs with the cooldown."""
+    if args.sched not in SCHEDULES:
+        raise UserError(nearest(args.sched, SCHEDULES, "--sched"))
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -512,6 +522,20 @@ def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> tuple[
         warmup_epochs=args.warmup_epochs,
         cooldown_epochs=args.cooldown_epochs,
     )
-    if scheduler is None:
-        raise UserError(f"unknown --sched {args.sched!r}; timm has cosine, tanh, step, multistep, plateau and poly")
+    assert scheduler is not None  # only for names that are not ours
     return scheduler, args.epochs + args.cooldown_epochs
+
+
+def scheduler_state(scheduler: Scheduler) -> dict[str, Any]:
+    """All that a schedule remembers: timm's plateau leaves out the counters of the schedule that it wraps."""
+    inner = scheduler.lr_scheduler if type(scheduler).__name__ == "PlateauLRScheduler" else None
+    return scheduler.state_dict() | ({} if inner is None else {"inner": inner.state_dict()})
+
+
+def load_scheduler_state(scheduler: Scheduler, state: Mapping[str, Any]) -> None:
+    """The inverse of `scheduler_state`; states of DeiT and timm have no "inner"."""
+    state = dict(state)
+    inner = state.pop("inner", None)
+    scheduler.load_state_dict(state)
+    if inner is not None:
+        scheduler.lr_scheduler.load_state_dict(inner)

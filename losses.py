@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models import MergingViT, UserError
 from models.checkpoint import extract_state_dict, load_weights, unwrap_state_dict
-from models.registry import NAMES, create_model, timm_name
+from models.registry import NAMES, create_model, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule
 from utils import all_reduce_sum, load_checkpoint
 
@@ -364,7 +364,8 @@ def _own_teacher(name: str, weights: dict[str, Tensor], path: str, num_classes: 
 
 def _published_teacher(name: str, num_classes: int) -> nn.Module:
     try:
-        teacher = timm.create_model(name, pretrained=True)
+        with quick_when_offline():
+            teacher = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
         reason = f"{type(error).__name__}; no network?"
         raise UserError(f"cannot get weights of teacher {name} ({reason}); give a file with --teacher_path") from error

@@ -19,10 +19,18 @@ from typing import Any
 
 import torch
 import yaml
-from models.gmacs import gmacs
 from torch import nn
 
-from datasets import RECIPES, Data, DataConfig, bad_image_limit, build_data, build_eval_loader, build_train_loader
+from datasets import (
+    RECIPES,
+    SOURCES,
+    Data,
+    DataConfig,
+    bad_image_limit,
+    build_data,
+    build_eval_loader,
+    build_train_loader,
+)
 from engine import (
     BadImages,
     EpochLog,
@@ -32,12 +40,15 @@ from engine import (
     build_scheduler,
     build_trainer,
     evaluate,
+    load_scheduler_state,
+    scheduler_state,
     throughput,
     train_one_epoch,
 )
 from losses import build_mixup, build_objective, build_teacher
 from models import MergeConfig, MergingViT, UserError, create_model
 from models.checkpoint import extract_state_dict, load_weights
+from models.gmacs import gmacs
 from models.parameters import TRAIN_ONLY, freeze, parameter_groups
 from models.registry import OWN_SIZES, check_name, data_settings, native_model
 from models.schedule import METHODS, ONE_STEP_AHEAD, POOLINGS, format_schedule, parse_schedule
@@ -122,12 +133,18 @@ below_one = _bounded(float, 0, 1 - 1e-9)
 
 
 def _number(text: str) -> int | float:
-    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    value = int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def _layer_list(text: str) -> tuple[int, ...]:
     """1,2,11 or [1,2,11]."""
     return tuple(int(item) for item in text.strip("[]() ").split(",") if item.strip())
+
+
+_number.__name__, _layer_list.__name__ = "number", "list of blocks"  # argparse shows them in its errors
 
 
 def _boolean(group: Any, flag: str, default: bool | None, text: str, *aliases: str) -> None:
@@ -385,25 +402,34 @@ def _config_tokens(path: str, parser: Parser) -> list[str]:
         raise UserError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold lines such as 'batch_size: 128'")
-    known = {action.dest for action in parser._actions} - {"config", "help"}
+    known = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("config", "help")}
     tokens: list[str] = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(f"--config {path}: {nearest(name, sorted(known), 'key')}")
-        if isinstance(value, bool):
-            tokens.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, list) and name != "activate_layer":
-            tokens += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            tokens.append(f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    # store_true flags without a negative form are off anyway
-    negatives = {flag for action in parser._actions for flag in action.option_strings}
-    return [token for token in tokens if not token.startswith("--no_") or token in negatives]
+        if isinstance(value, bool) != (known[name].nargs == 0) and value is not None:
+            wanted = "true or false" if known[name].nargs == 0 else "a value, not true or false"
+            raise UserError(f"--config {path}: {name} takes {wanted}")
+        tokens += _config_value(name, value, known[name].nargs is not None, parser)
+    return tokens
+
+
+def _config_value(name: str, value: Any, several: bool, parser: Parser) -> list[str]:
+    """One line of the file as tokens; a list is joined by commas where the flag takes one value."""
+    if value is None or (value is False and f"--no_{name}" not in parser._option_string_actions):
+        return []  # a flag without a negative form is off anyway
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    if isinstance(value, list) and several:
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
 def _check_rules(args: Namespace) -> None:
     """Options that contradict each other or do nothing."""
+    if args.dataset not in SOURCES:
+        raise UserError(nearest(args.dataset, SOURCES, "--dataset"))
     only_eval = {"--throughput": args.throughput, "--agreement": args.agreement, "--r_evals": args.r_evals}
     for flag, given in only_eval.items():
         if given and not args.eval:
@@ -671,7 +697,7 @@ class Run:
             "model": self.module.state_dict(),
             "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
             "optimizer": trainer.optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict(),
+            "lr_scheduler": scheduler_state(self.scheduler),
             "scaler": trainer.precision.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -694,13 +720,14 @@ class Run:
         trainer = self.trainer
         try:
             trainer.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["lr_scheduler"])
+            load_scheduler_state(self.scheduler, state["lr_scheduler"])
         except (ValueError, KeyError) as error:
             raise UserError(f"{path} does not fit these optimizer options ({error}); use --finetune {path}") from error
         if trainer.ema is not None:
             ema = state.get("model_ema")
             trainer.ema.module.load_state_dict(state["model"] if ema is None else ema)
-        trainer.precision.scaler.load_state_dict(state.get("scaler") or {})
+        if state.get("scaler"):  # a run that used no fp16 has left none
+            trainer.precision.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = int(state["epoch"]), int(state.get("step", 0))
         self.best = float(state.get("best", -1.0))
         if "epoch_log" in state:

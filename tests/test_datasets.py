@@ -19,7 +19,6 @@ from timm.data import ImageNetInfo
 from torchvision import datasets as tv
 
 import datasets
-import datasets_sources
 from datasets import (
     Data,
     DataConfig,
@@ -254,7 +253,7 @@ def test_wds_patterns_and_class_lists(shards: Path) -> None:
     assert build_data(make_args(dataset="WDS", data_path=pattern, eval=True), SMALL).num_classes == 7
     (shards / "classes.txt").write_text("p\nq\nr\ns\nt\n")
     assert build_data(make_args(dataset="WDS", data_path=str(shards)), SMALL).class_names == tuple("pqrst")
-    assert datasets_sources.expand_braces("x{08..10}{a,b}") == ["x08a", "x08b", "x09a", "x09b", "x10a", "x10b"]
+    assert datasets.expand_braces("x{08..10}{a,b}") == ["x08a", "x08b", "x09a", "x09b", "x10a", "x10b"]
 
 
 def test_wds_in_split_folders(tmp_path: Path) -> None:
@@ -431,7 +430,7 @@ def test_training_transforms_are_functions_of_the_seed(changes: dict[str, object
 def test_odd_shapes_pass_every_transform(tmp_path: Path, size: tuple[int, int]) -> None:
     path = write_image(tmp_path / "x.png", size=size)
     with open(path, "rb") as stream:
-        image = datasets_sources.decode(stream)
+        image = datasets.decode(stream)
     for changes in VARIANTS:
         args = make_args(**changes)
         for train in (True, False):
@@ -475,7 +474,7 @@ def test_small_inputs_are_shifted_not_rescaled() -> None:
 def test_recipes_name_arguments_that_exist() -> None:
     known = set(DEFAULTS) | {"input_size", "model", "epochs", "lr", "weight_decay", "warmup_epochs", "drop_path"}
     known |= {"smoothing", "mixup", "cutmix", "model_ema", "model_ema_decay", "min_lr", "warmup_lr", "clip_grad"}
-    assert set(datasets.RECIPES["DIGITS"]) <= known and set(datasets.RECIPES) <= set(datasets_sources.SOURCES)
+    assert set(datasets.RECIPES["DIGITS"]) <= known and set(datasets.RECIPES) <= set(datasets.SOURCES)
 
 
 def test_bad_arguments_are_told_in_one_line(tree: str) -> None:

@@ -1,0 +1,237 @@
+"""Names: ours, timm's, unknown and unsupported ones, weights without a network, torch.hub."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from tiny import images, randomise
+
+import hubconf
+from models import MergeConfig, MergingViT, UserError, create_model
+from models.registry import ENTRY_POINTS, NAMES, TIMM_NAMES, native_model
+
+PROMISED = {f"deit_{size}{kind}" for size in ("tiny", "small", "base") for kind in ("", "_distilled")}
+PROMISED |= {f"deit3_{size}" for size in ("small", "medium", "base", "large")} | {"deit_digits"}
+WIDTHS = {"tiny": 192, "small": 384, "medium": 512, "base": 768, "large": 1024, "digits": 96}
+
+
+def one_line(caught: Any) -> str:
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+# Our names
+
+
+def test_names_are_the_promised_ones() -> None:
+    assert set(NAMES) == set(ENTRY_POINTS) == PROMISED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_names(name: str) -> None:
+    """One block of each; timm's own model of the row takes the weights strictly and gives the same logits."""
+    model = randomise(create_model(name, depth=1, num_classes=5, img_size=32)).eval()
+    assert isinstance(model, MergingViT)
+    assert model.embed_dim == WIDTHS[name.split("_")[1]]
+    assert (model.head_dist is not None) == name.endswith("_distilled")
+    assert hasattr(model.blocks[0].ls1, "gamma") == name.startswith("deit3")
+    native = native_model(name, depth=1, num_classes=5, img_size=32).eval()
+    assert type(native) is (VisionTransformerDistilled if name.endswith("_distilled") else VisionTransformer)
+    native.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images()), native(images()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_rows_have_their_published_depth_and_size(name: str) -> None:
+    with torch.device("meta"):
+        model = native_model(name)
+    assert len(model.blocks) == (24 if "large" in name else 12)
+    assert model.patch_embed.num_patches == 196
+    assert model.num_classes == 1000
+
+
+def test_arguments_reach_the_model() -> None:
+    merge = MergeConfig(r=2)
+    model = create_model("deit_tiny", 3, merge, 7, 64, register_layer=1, class_layer=2, depth=3, drop_path_rate=0.3)
+    assert (model.num_registers, model.merge, model.num_classes) == (3, merge, 7)
+    assert model.patch_embed.img_size == (64, 64)
+    assert (model.register_layer, model.class_layer) == (1, 2)
+    assert model.blocks[2].drop_path1.drop_prob == pytest.approx(0.3)
+
+
+def test_none_is_the_models_own_default() -> None:
+    model = create_model("deit_digits", num_classes=None, img_size=None, drop_path_rate=None, num_registers=None)
+    assert (model.num_classes, model.patch_embed.img_size, model.num_registers) == (10, (32, 32), 0)
+    assert model.merge == MergeConfig(method="none")
+
+
+def test_a_reg4_model_keeps_or_is_given_its_registers() -> None:
+    counts = [
+        create_model("vit_small_patch14_reg4_dinov2", count, img_size=28, depth=1).num_registers
+        for count in (None, 4, 0, 6)
+    ]
+    assert counts == [4, 4, 0, 6]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_timm_creates_ours(name: str) -> None:
+    assert timm.is_model(name)
+    options: dict[str, Any] = {"num_registers": 2, "merge": MergeConfig(r=1), "depth": 1, "img_size": 32}
+    model = timm.create_model(name, num_classes=3, **options)
+    assert isinstance(model, MergingViT)
+    assert model.num_registers == 2
+    assert model.merge.r == 1
+    assert model.eval()(images()).shape == (2, 3)
+
+
+def test_timms_own_names_stay_timms() -> None:
+    assert type(timm.create_model("deit_tiny_patch16_224", depth=1)) is VisionTransformer
+
+
+# Names that are wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("deit_smal", "deit_small"),
+        ("deit3_smal", "deit3_small"),
+        ("Deit_tiny", "deit_tiny"),
+        ("deit_digit", "deit_digits"),
+        ("deit_small_distiled", "deit_small_distilled"),
+        ("vit_smal_patch16_224", "vit_small_patch16_224"),
+        ("xyzzy", "deit_digits"),
+        ("", "deit_small"),
+    ],
+)
+def test_unknown_name_gives_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match="unknown model") as caught:
+        create_model(name)
+    assert nearest in one_line(caught)
+    with pytest.raises(UserError, match="unknown model"):
+        native_model(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("vit_small_patch16_224.nosuchtag", "augreg_in1k"),
+        ("deit_small.fb_in1k", "deit_small_patch16_224.fb_in1k"),
+    ],
+)
+def test_unknown_tag_names_the_known_ones(name: str, named: str) -> None:
+    with pytest.raises(UserError, match=named) as caught:
+        create_model(name)
+    one_line(caught)
+
+
+UNSUPPORTED = {
+    "swin_tiny_patch4_window7_224": "swin_tiny_patch4_window7_224",
+    "eva02_tiny_patch14_224": "eva02_tiny_patch14_224",
+    "vit_small_patch16_dinov3": "vit_small_patch16_dinov3",
+    "cait_xxs24_224": "cait_xxs24_224",
+    "test_vit_relpos": "test_vit_relpos",
+    "resnet50": "resnet50",
+    "vit_pwee_patch16_reg1_gap_256": "ParallelScalingBlock",
+    "vit_dwee_patch16_reg1_gap_256": "DiffAttention",
+    "vit_base_patch16_rpn_224": "ResPostBlock",
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_families_are_named(name: str) -> None:
+    small = {"depth": 1} if name.startswith("vit_") and "dinov3" not in name else {}
+    with pytest.raises(ValueError, match="not supported") as caught:
+        create_model(name, **small)
+    assert UNSUPPORTED[name] in one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"img_size": -16}, "img_size=-16"),
+        ({"num_heads": 5}, "num_heads=5"),
+        ({"num_classes": -1}, "num_classes"),
+        ({"num_registers": -1}, "num_registers"),
+        ({"reg_tokens": 4}, "num_registers"),
+        ({"register_layer": 2, "num_registers": 1}, "register_layer is 2"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ({"merge": MergeConfig(r=[1, 1, 1])}, "lists 3 blocks"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named) as caught:
+        create_model("deit_tiny", depth=2, **options)
+    one_line(caught)
+
+
+# Published weights
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hub that refuses connections, no proxy, nothing cached."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", ["deit_tiny", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
+def test_pretrained_without_a_network_is_quick_and_says_what_to_do(name: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(UserError, match="cannot get the pretrained weights") as caught:
+        create_model(name, pretrained=True)
+    assert time.monotonic() - start < 10
+    message = one_line(caught)
+    assert "--finetune" in message
+    assert "--no_pretrained" in message
+    assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("name", ["deit_digits", "vit_base_patch16_reg4_gap_256"])
+def test_pretrained_where_nothing_was_published(name: str) -> None:
+    with pytest.raises(UserError, match="no p[a-z]* weights") as caught:
+        create_model(name, pretrained=True)
+    assert "--no_pretrained" in one_line(caught)
+
+
+# torch.hub
+
+
+def test_hub_entries(repo: Path) -> None:
+    entries = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
+    assert entries == {*NAMES, "create_model", "MergeConfig"}
+    assert hubconf.dependencies == ["torch", "timm"]
+    for name in NAMES:
+        assert name in getattr(hubconf, name).__doc__
+    model = torch.hub.load(str(repo), "deit3_small", source="local", num_registers=2, depth=1, img_size=32)
+    assert model.num_registers == 2
+    assert model.embed_dim == 384
+
+
+def test_hub_works_from_any_folder(repo: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; hub = lambda *a, **k: torch.hub.load(sys.argv[1], *a, source='local', **k)\n"
+        "model = hub('deit_digits', merge=hub('MergeConfig', r='8,4'), num_registers=2)\n"
+        "print(model(torch.zeros(1, 3, 32, 32), trace=True).counts)"
+    )
+    command = [sys.executable, "-c", code, str(repo)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(59, 55, 55, 55, 55, 55)"

@@ -1,0 +1,93 @@
+"""Tiny models with random weights for the tests of the core, and what several of them check."""
+
+import math
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from models import MergeConfig, MergingViT, apply_merging
+
+SIZES: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 3,
+    "num_classes": 10,
+}
+PATCHES = 16
+
+
+def randomise(model: nn.Module, seed: int = 0) -> Any:
+    """Every parameter random, also those that start at 0 (class token, registers, biases) or at 1e-6 (LayerScale)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1 and "token" not in name and "pos_embed" not in name:
+                parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+            elif "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(0.3 * noise)
+    return model
+
+
+def images(batch: int = 2, size: int | tuple[int, int] = 32, seed: int = 1) -> Tensor:
+    """Random images (B,3,H,W)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def timm_vit(distilled: bool = False, seed: int = 0, **options: Any) -> Any:
+    """timm's own model with 16 patches, in evaluation mode."""
+    name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
+    return randomise(timm.create_model(name, **(SIZES | options)), seed).eval()
+
+
+def ours(
+    merge: MergeConfig | None = None,
+    num_registers: int | None = None,
+    register_layer: int = 0,
+    class_layer: int = 0,
+    distilled: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> MergingViT:
+    """A merging model on `timm_vit`, also the registers random."""
+    merge = merge or MergeConfig(method="none")
+    vit = timm_vit(distilled, seed, **options)
+    model = apply_merging(vit, merge, num_registers, register_layer, class_layer)
+    return randomise(model, seed).eval()
+
+
+def with_prefix(prefix: int, merge: MergeConfig, seed: int = 0, **options: Any) -> MergingViT:
+    """P = 0: pooling model; 1: class; 2: class and distillation; more: class and registers."""
+    if prefix == 0:
+        return ours(merge, class_token=False, global_pool="avg", seed=seed, **options)
+    if prefix == 2:
+        return ours(merge, distilled=True, seed=seed, **options)
+    return ours(merge, num_registers=prefix - 1, seed=seed, **options)
+
+
+def identity_blocks(model: MergingViT) -> MergingViT:
+    """Blocks whose branches write zeros, and no final norm: what goes in comes out."""
+    with torch.no_grad():
+        for block in model.blocks:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.zero_()
+                layer.bias.zero_()
+    model.norm = nn.Identity()
+    return model
+
+
+def block_inputs(model: MergingViT, x: Tensor) -> list[Tensor]:
+    """The tokens that enter each block, seen by hooks on its first norm."""
+    seen: list[Tensor] = []
+    hooks = [block.norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in model.blocks]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
