@@ -1,8 +1,9 @@
 """A merge is a map from tokens to groups: match -> `Merge` -> merge, un-merge, compose.
 
 Shapes: B batch, N tokens, P prefix tokens (class, distillation, registers), n = N - P patch tokens, C channels,
-r tokens merged, M = N - r tokens left. Prefix tokens are set aside: never a source, never a destination.
-Output order: prefix, surviving sources in their old order, destinations.
+r tokens merged, M = N - r tokens left, S sources, D destinations. Prefix tokens are set aside: never a source, never a
+destination. Output order: prefix, surviving sources in their old order, destinations (one-way: in their old order,
+two-way: by descending second-round score).
 """
 
 from typing import NamedTuple
@@ -16,7 +17,8 @@ class Merge(NamedTuple):
     """One merge step, in indices over all tokens.
 
     Output token j starts as input token keep[:, j]; input token source[:, i] joins output token into[:, i].
-    This holds the same information as the group map (B,N) but touches only r tokens when it is applied.
+    This holds the same information as the group map (B,N) but touches only r tokens when it is applied. What took two
+    hops (two-way matching, two merges in one block) is flattened: `into` is always the final slot.
     """
 
     keep: Tensor  # (B,M) in [0,N)
@@ -24,21 +26,88 @@ class Merge(NamedTuple):
     into: Tensor  # (B,r) in [0,M)
 
 
-def match_bipartite(metric: Tensor, r: int, prefix: int) -> Merge:
+class Windows(NamedTuple):
+    """The windows that pairs must stay in: of proposers (B,S) and of their choices (B,D), in [0, total)."""
+
+    proposers: Tensor
+    choices: Tensor
+    total: int
+
+
+def match_bipartite(metric: Tensor, r: int, prefix: int, two_way: bool = False) -> Merge:
     """Bipartite soft matching (ToMe, arXiv 2210.09461): every source proposes its best destination, the r best merge.
 
     Args:
         metric: (B,n,D) what patch tokens are compared by (cosine), without the prefix; compared in fp32.
         r: pairs to merge, 0 < r <= n // 2.
         prefix: P; a token is a source if its absolute position P + index is even.
+        two_way: see `match_scores`.
     """
+    return match_scores(cosine_scores(metric, prefix), r, prefix, two_way)
+
+
+def cosine_scores(metric: Tensor, prefix: int) -> Tensor:
+    """Cosine of every source with every destination in fp32: (B,n,D) -> (B,S,D)."""
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        metric = F.normalize(metric.float(), dim=-1)
-        sources, destinations = split_sets(metric, prefix)
-        best, choice = (sources @ destinations.transpose(1, 2)).max(dim=-1)
-        order = best.argsort(dim=-1, descending=True)
-        merged, survivors = order[:, :r], order[:, r:].sort(dim=-1).values
-        return _one_way(merged, survivors, choice.gather(1, merged), destinations.shape[1], prefix)
+        sources, destinations = split_sets(F.normalize(metric.float(), dim=-1), prefix)
+        return sources @ destinations.transpose(1, 2)
+
+
+@torch.no_grad()
+def match_scores(
+    scores: Tensor, r: int, prefix: int, two_way: bool = False, windows: Tensor | None = None, window_count: int = 1
+) -> Merge:
+    """The r best pairs of a table of scores.
+
+    Args:
+        scores: (B,S,D) of every source with every destination.
+        r: pairs to merge, 0 < r <= n // 2.
+        two_way: r // 2 sources merge into destinations, then r - r // 2 destinations into sources that survived, by the
+            same scores; a destination carries along what merged into it (MCTF, arXiv 2403.10030).
+        windows: (B,n) window of every patch token, in [0, window_count): pairs stay inside one, see `propose_inside`.
+    """
+    sets = None if windows is None else Windows(*split_sets(windows, prefix), window_count)
+    first_round = r // 2 if two_way else r
+    order, choice = propose(scores, first_round, sets)
+    merged, survivors = order[:, :first_round], order[:, first_round:].sort(dim=-1).values
+    choice = choice.gather(1, merged)
+    if not two_way:
+        return _one_way(merged, survivors, choice, scores.shape[2], prefix)
+    left = unmerge(scores, survivors).transpose(1, 2)
+    if sets is not None:
+        sets = Windows(sets.choices, sets.proposers.gather(1, survivors), window_count)
+    return _two_way(merged, survivors, choice, *propose(left, r - first_round, sets), r - first_round, prefix)
+
+
+def propose(scores: Tensor, r: int, windows: Windows | None = None) -> tuple[Tensor, Tensor]:
+    """Every proposer's best choice: proposers (B,S) from best to worst pair, and the choice (B,S) of each."""
+    if windows is not None:
+        return propose_inside(scores, r, windows)
+    best, choice = scores.max(dim=-1)
+    return best.argsort(dim=-1, descending=True), choice
+
+
+def propose_inside(scores: Tensor, r: int, windows: Windows) -> tuple[Tensor, Tensor]:
+    """`propose` with ceil(r / windows) pairs of every window in front; the best pairs of all make up what is short.
+
+    The number of pairs that a window can give differs between images, the shapes here do not.
+    """
+    apart = windows.proposers.unsqueeze(2) != windows.choices.unsqueeze(1)
+    best, choice = scores.masked_fill(apart, -torch.inf).max(dim=-1)
+    quota = -(-r // windows.total)
+    local = (rank_inside(best, windows.proposers, windows.total) < quota) & (best > -torch.inf)
+    best_of_all, choice_of_all = scores.max(dim=-1)
+    order = torch.where(local, best, best_of_all).argsort(dim=-1, descending=True)
+    locals_first = local.gather(1, order).int().argsort(dim=-1, descending=True, stable=True)
+    return order.gather(1, locals_first), torch.where(local, choice, choice_of_all)
+
+
+def rank_inside(best: Tensor, window: Tensor, count: int) -> Tensor:
+    """How many of the same window are better: (B,S), (B,S) -> (B,S)."""
+    order = best.argsort(dim=-1, descending=True)
+    members = window.gather(1, order).unsqueeze(-1) == torch.arange(count, device=window.device)
+    ranks = (members.cumsum(dim=1) * members).sum(dim=-1) - 1
+    return torch.empty_like(ranks).scatter(1, order, ranks)
 
 
 def split_sets(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -55,6 +124,50 @@ def _one_way(merged: Tensor, survivors: Tensor, choice: Tensor, n_destinations: 
     tail = (torch.arange(n_destinations, device=device) * 2 + (1 - first + prefix)).expand(batch, -1)
     keep = torch.cat((head, survivors * 2 + (first + prefix), tail), dim=1)
     return Merge(keep, merged * 2 + (first + prefix), choice + (prefix + kept))
+
+
+def _two_way(
+    merged: Tensor, survivors: Tensor, choice: Tensor, order: Tensor, second_choice: Tensor, r: int, prefix: int
+) -> Merge:
+    """The same for two rounds: in the second the first r destinations of `order` merge into ranks of `survivors`."""
+    batch, kept = survivors.shape
+    source, destination = prefix + prefix % 2, prefix + 1 - prefix % 2  # positions of the first of each set
+    head = torch.arange(prefix, device=order.device).expand(batch, -1)
+    moved, stay = order[:, :r], order[:, r:]
+    keep = torch.cat((head, survivors * 2 + source, stay * 2 + destination), dim=1)
+    own = torch.arange(prefix + kept, keep.shape[1], device=order.device).expand(batch, -1)
+    target = second_choice.gather(1, moved) + prefix
+    slot = torch.empty_like(order).scatter(1, order, torch.cat((target, own), dim=1))
+    into = torch.cat((slot.gather(1, choice), target), dim=1)
+    return Merge(keep, torch.cat((merged * 2 + source, moved * 2 + destination), dim=1), into)
+
+
+def compose(first: Merge, second: Merge) -> Merge:
+    """Two merges, one after the other, as one."""
+    into = group_map(second).gather(1, first.into)
+    source = torch.cat((first.source, first.keep.gather(1, second.source)), dim=1)
+    return Merge(first.keep.gather(1, second.keep), source, torch.cat((into, second.into), dim=1))
+
+
+def pool_tokens(x: Tensor, step: Merge, weight: Tensor | None) -> Tensor:
+    """One token per group, (B,N,C) -> (B,M,C): the mean by weight (B,N), without a weight the maximum."""
+    if weight is not None:
+        return merge_tokens(x, step, weight)
+    keep, source, into = (index.unsqueeze(-1).expand(-1, -1, x.shape[-1]) for index in step)
+    return x.gather(1, keep).scatter_reduce(1, into, x.gather(1, source), "amax")
+
+
+def merge_columns(attention: Tensor, step: Merge) -> Tensor:
+    """Sum the key columns of every group: (B,H,N,N) -> (B,H,N,M)."""
+    keep, source, into = (index[:, None, None].expand(*attention.shape[:3], -1) for index in step)
+    return attention.gather(3, keep).scatter_add(3, into, attention.gather(3, source))
+
+
+def merge_rows(attention: Tensor, step: Merge) -> Tensor:
+    """Elementwise maximum of the query rows of every group: (B,H,N,M) -> (B,H,M,M)."""
+    heads, columns = attention.shape[1], attention.shape[3]
+    keep, source, into = (index[:, None, :, None].expand(-1, heads, -1, columns) for index in step)
+    return attention.gather(2, keep).scatter_reduce(2, into, attention.gather(2, source), "amax")
 
 
 def merge_tokens(x: Tensor, step: Merge, weight: Tensor) -> Tensor:
@@ -106,7 +219,8 @@ def unmerge(x: Tensor, group: Tensor) -> Tensor:
     For a dense map of the patches: `unmerge(out.tokens[:, prefix:], out.group)`, with prefix = M - (tokens that are
     patches) = `model.num_prefix_tokens`.
     """
-    return x.gather(1, group.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    flat = x.reshape(-1, x.shape[-1])
+    return flat.index_select(0, _flat(group, x.shape[1])).view(*group.shape, x.shape[-1])
 
 
 def _flat(index: Tensor, tokens: int) -> Tensor:

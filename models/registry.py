@@ -13,6 +13,7 @@ import timm
 from huggingface_hub import constants
 from timm.models import is_model_in_modules, register_model
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from models.errors import UserError
 from models.schedule import MergeConfig
@@ -33,7 +34,7 @@ TIMM_NAMES = {
 }
 # Rows that timm does not have: keywords of its VisionTransformer. deit_digits is the toy that trains in a minute.
 OWN_SIZES: dict[str, dict[str, Any]] = {
-    "deit_digits": dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=10),
+    "deit_digits": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10},
 }
 NAMES = (*TIMM_NAMES, *OWN_SIZES)
 _MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid")
@@ -55,7 +56,7 @@ def create_model(
     Args:
         name: a name of `NAMES`, or of timm ("vit_small_patch16_224.augreg_in21k_ft_in1k", ...).
         num_registers: R in all; None keeps what the model has.
-        merge: what merges; None merges nothing.
+        merge: what merges; None is ToMe with r = 0, which merges where a call says so: `model(images, r=8)`.
         num_classes, img_size: None is the model's own; position entries are resampled for another size.
         pretrained: load timm's published weights (network or hub cache needed).
         register_layer, class_layer: the blocks before which registers and class token enter.
@@ -64,16 +65,22 @@ def create_model(
     Raises:
         UserError: unknown name (with the nearest ones), unsupported model, no weights to be had.
     """
+    if vit.get("reg_tokens") is not None:
+        raise UserError("reg_tokens would give registers position entries; write num_registers")
     options = {"num_classes": num_classes, "img_size": img_size, **vit}
     options = {key: value for key, value in options.items() if value is not None}
     vit_model = _create_vit(name, pretrained, options)
-    return apply_merging(vit_model, merge or MergeConfig(method="none"), num_registers, register_layer, class_layer)
+    _check_size(name, vit_model, img_size)
+    return apply_merging(vit_model, merge or MergeConfig(), num_registers, register_layer, class_layer)
 
 
 def check_name(name: str) -> None:
     """Raise a UserError for a name that nobody has, or that belongs to a family that cannot be served."""
     if name in NAMES:
         return
+    base, _, tag = name.partition(".")
+    if base in NAMES:
+        raise UserError(f"{base} takes no tag; write {base}, or {timm_name(base)}.{tag} for these weights of timm")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*NAMES, *timm.list_models(module="vision_transformer")], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join(NAMES)}"
@@ -82,6 +89,9 @@ def check_name(name: str) -> None:
         raise UserError(
             f"model {name!r} is not supported: it is not timm's plain VisionTransformer (ViT, DeiT, DeiT-III, DINOv2)"
         )
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise UserError(f"model {base!r} has no weights tagged {tag!r}; timm's are {', '.join(tags) or 'none'}")
 
 
 def timm_name(name: str) -> str:
@@ -111,7 +121,8 @@ def native_model(name: str, **options: Any) -> VisionTransformer:
 
 def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
     check_name(name)
-    size = options.get("img_size")
+    if options.get("num_classes", 0) < 0:
+        raise UserError(f"num_classes must be an integer >= 0, not {options['num_classes']}")
     try:
         if name in OWN_SIZES:
             if pretrained:
@@ -119,8 +130,10 @@ def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionT
                     f"{name} has no published weights: train it, or give --finetune FILE and --no_pretrained"
                 )
             return VisionTransformer(**(OWN_SIZES[name] | options))
-        with _quick_when_offline() if pretrained else nullcontext():
-            return timm.create_model(timm_name(name), pretrained=pretrained, **options)
+        if pretrained and not timm.is_model_pretrained(timm_name(name)):
+            raise UserError(f"timm has no pretrained weights for {name}: give --finetune FILE and --no_pretrained")
+        with quick_when_offline() if pretrained else nullcontext():
+            return timm.create_model(timm_name(name), pretrained=pretrained, **options)  # type: ignore[return-value]
     except (OSError, urllib.error.URLError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -130,12 +143,22 @@ def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionT
             f"cannot get the pretrained weights of {name} ({type(error).__name__}); without a network give "
             "--finetune FILE (weights you have), or --no_pretrained to start from random weights"
         ) from error
-    except AssertionError as error:
-        raise UserError(f"{name} cannot be built with img_size {size}: {error}") from error
+    except UserError:
+        raise
+    except (AssertionError, ValueError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise UserError(f"{name} cannot be built with {given}: {error}") from error
+
+
+def _check_size(name: str, vit: nn.Module, img_size: int | None) -> None:
+    """timm's patch embedding drops the pixels that fill no patch, without a word."""
+    patch = getattr(vit.patch_embed, "patch_size", None) if hasattr(vit, "patch_embed") else None
+    if img_size is not None and isinstance(patch, tuple) and img_size % patch[0]:
+        raise UserError(f"img_size {img_size} is not a multiple of {name}'s patches of {patch[0]} pixels")
 
 
 @contextmanager
-def _quick_when_offline() -> Iterator[None]:
+def quick_when_offline() -> Iterator[None]:
     """Spare a user without a network the hub client's minute of retries: cached weights still load, others fail now."""
     endpoint = urllib.parse.urlparse(constants.ENDPOINT)
     offline = constants.HF_HUB_OFFLINE

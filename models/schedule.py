@@ -3,7 +3,7 @@
 import re
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from models.errors import UserError
 
@@ -12,14 +12,15 @@ ONE_STEP_AHEAD = ("off", "on", "precise")
 POOLINGS = ("size", "attention", "max", "mean")
 
 
-class Inflection(NamedTuple):
+@dataclass(frozen=True)
+class Inflection:
     """A schedule that changes linearly over depth: first = int(r * (1 - inflection)), last = 2 r - first."""
 
     r: int
     inflection: float
 
 
-Schedule = Union[int, float, tuple[int, ...], Inflection]
+Schedule = int | float | tuple[int, ...] | Inflection
 
 # None in a row means that the method has no such knob: giving it is an error.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ class MergeConfig:
     """What merges, how much and where; `None` is the method's published default, filled in when built.
 
     Args:
-        method: "none", "tome" (arXiv 2210.09461), "mctf" (arXiv 2403.10030) or "lgtm" (our reading of arXiv 2303.02331).
+        method: "none", "tome" (arXiv 2210.09461), "mctf" (arXiv 2403.10030) or "lgtm" (our reading of 2303.02331).
         r: tokens merged per block: an int, a ratio 0 < r < 1 of the patch tokens, one int per block, `Inflection`
             (also a pair whose second item is a float or negative), or any of these as text: "16", "0.35", "16,0,8",
             "(16,-1)".
@@ -145,6 +146,7 @@ class TokenPlan(NamedTuple):
     merges: tuple[int, ...]
     counts: tuple[int, ...]
     clamped: bool
+    local: tuple[int, ...]  # those of `merges` that LGTM merges inside windows
 
 
 def parse_schedule(r: Any) -> Schedule:
@@ -160,7 +162,7 @@ def parse_schedule(r: Any) -> Schedule:
     if isinstance(r, (list, tuple)):
         if len(r) == 2 and (isinstance(r[1], float) or (_is_int(r[1]) and r[1] < 0)):
             return _inflection(*r)
-        if not all(_is_int(value) and value >= 0 for value in r):
+        if not r or not all(_is_int(value) and value >= 0 for value in r):
             raise UserError(f"r must list one integer >= 0 per block, not {list(r)!r}")
         return tuple(int(value) for value in r)
     if not _is_number(r) or r < 0 or (r > 1 and r != int(r)):
@@ -171,7 +173,8 @@ def parse_schedule(r: Any) -> Schedule:
 def format_schedule(r: Schedule) -> str:
     """The command-line form of a schedule: parse_schedule(format_schedule(r)) == r."""
     if isinstance(r, Inflection):
-        return f"({r.r},{r.inflection:g})"
+        short = f"{r.inflection:g}"
+        return f"({r.r},{short if float(short) == r.inflection else repr(r.inflection)})"
     return ",".join(map(str, r)) + ("," if len(r) == 1 else "") if isinstance(r, tuple) else str(r)
 
 
@@ -188,16 +191,18 @@ def token_plan(config: MergeConfig, patches: int, prefixes: tuple[int, ...]) -> 
     active = config.active(depth)
     merges: list[int] = []
     counts: list[int] = []
+    local: list[int] = []
     clamped = False
     for layer, prefix in enumerate(prefixes):
-        want = _amount(config, wanted[layer], layer, patches) if layer in active else 0
-        # len(range()) makes torch.compile take r as a constant, also after calls with other values: one graph a schedule
+        want, inside = _amount(config, wanted[layer], layer, patches) if layer in active else (0, 0)
+        # len(range()) makes torch.compile take r as a constant, also after other values: one graph per schedule
         r = len(range(min(want, max(0, patches + prefix - config.min_tokens), patches // 2)))
         clamped |= r < want
         patches -= r
         merges.append(r)
         counts.append(patches + prefix)
-    return TokenPlan(tuple(merges), tuple(counts), clamped)
+        local.append(min(inside, r))
+    return TokenPlan(tuple(merges), tuple(counts), clamped, tuple(local))
 
 
 def warn_if_clamped(config: MergeConfig, plan: TokenPlan) -> None:
@@ -223,25 +228,27 @@ def _wanted(r: Schedule, depth: int) -> list[float]:
     return [r] * depth
 
 
-def _amount(config: MergeConfig, r: float, layer: int, patches: int) -> int:
+def _amount(config: MergeConfig, r: float, layer: int, patches: int) -> tuple[int, int]:
+    """Tokens to merge in a block, and those of them that merge inside windows."""
     count = int(patches * r) if 0 < r < 1 else int(r)
-    if config.method != "lgtm" or count == 0:
-        return count
+    if config.method != "lgtm":
+        return count, 0
     windows = config.local_grid**2  # type: ignore[operator]
     local = windows * -(-count // windows)
-    return local + (count if layer >= config.global_layer else 0)  # type: ignore[operator]
+    return local + (count if layer >= config.global_layer else 0), local  # type: ignore[operator]
 
 
 def _parse_text(text: str) -> Schedule:
     body = text.strip()
-    pair = re.fullmatch(r"\(([^,]*),([^,]*)\)", body)
+    pair = re.fullmatch(r"\(([^,()]*),([^,()]*)\)", body)
+    listed = re.fullmatch(r"\[(.*)\]|\((.*)\)|(.*,.*)", body)
     try:
         if pair:
             return _inflection(_number(pair[1]), _number(pair[2]))
-        if body.startswith("[") and body.endswith("]"):
-            return parse_schedule([_number(item) for item in body[1:-1].split(",") if item.strip()])
-        if "," in body:
-            return parse_schedule([_number(item) for item in body.strip("()").split(",") if item.strip()])
+        if listed:
+            items = next(group for group in listed.groups() if group is not None).split(",")
+            # one trailing comma makes a list of a single number
+            return parse_schedule([_number(item) for item in (items[:-1] if items[-1].strip() == "" else items)])
         return parse_schedule(_number(body))
     except (ValueError, OverflowError):
         raise UserError(f"cannot read r={text!r}; write 16, 0.35, 16,0,8 or (16,-1)") from None

@@ -14,7 +14,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import BlockOutput, run_block
+from models.blocks import BlockOutput, Local, run_block
+from models.criteria import first_patch, window_of
 from models.errors import UserError
 from models.merging import group_map
 from models.schedule import MergeConfig, TokenPlan, token_plan, warn_if_clamped
@@ -73,9 +74,9 @@ class MergingViT(VisionTransformer):
             raise UserError("give either r or merge (whose r it would contradict), not both")
         if dim % heads:
             raise UserError(f"dim {dim} does not divide into {heads} heads")
-        sizes = dict(img_size=image_size, patch_size=patch_size, num_classes=num_classes, embed_dim=dim, depth=depth)
+        sizes: dict[str, Any] = {"img_size": image_size, "patch_size": patch_size, "num_classes": num_classes}
         # timm computes int(dim * mlp_ratio): the half keeps rounding from losing a unit
-        sizes |= dict(num_heads=heads, mlp_ratio=(mlp_dim + 0.5) / dim)
+        sizes |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": (mlp_dim + 0.5) / dim}
         vit_class = VisionTransformerDistilled if distilled else VisionTransformer
         nn.Module.__init__(self)
         self._adopt(vit_class(**sizes, **vit))
@@ -87,8 +88,8 @@ class MergingViT(VisionTransformer):
         vit: VisionTransformer,
         merge: MergeConfig,
         num_registers: int | None = None,
-        register_layer: int = 0,
-        class_layer: int = 0,
+        register_layer: int | None = None,
+        class_layer: int | None = None,
     ) -> "MergingViT":
         """Take over a timm model: its parameters are shared, its modules copied, the model itself unchanged."""
         check_supported(vit)
@@ -97,8 +98,9 @@ class MergingViT(VisionTransformer):
         nn.Module.__init__(model)
         model._adopt(copy.deepcopy(vit, shared))
         if isinstance(vit, MergingViT):
-            register_layer, class_layer = register_layer or vit.register_layer, class_layer or vit.class_layer
-        model._configure(merge, num_registers, register_layer, class_layer)
+            register_layer = vit.register_layer if register_layer is None and num_registers != 0 else register_layer
+            class_layer = vit.class_layer if class_layer is None else class_layer
+        model._configure(merge, num_registers, register_layer or 0, class_layer or 0)
         return model
 
     def _adopt(self, vit: VisionTransformer) -> None:
@@ -108,6 +110,8 @@ class MergingViT(VisionTransformer):
 
     def _configure(self, merge: MergeConfig, num_registers: int | None, register_layer: int, class_layer: int) -> None:
         check_supported(self)
+        if not isinstance(merge, MergeConfig):
+            raise UserError(f"merge must be a MergeConfig, not a {type(merge).__name__}")
         depth = len(self.blocks)
         for name, layer in (("register_layer", register_layer), ("class_layer", class_layer)):
             if not 0 <= layer < depth:
@@ -160,6 +164,20 @@ class MergingViT(VisionTransformer):
         """Parameters without weight decay besides biases and norms."""
         return {"pos_embed", "cls_token", "dist_token", "reg_token"}
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth, for layer-wise rates."""
+        stem = r"^cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head, or both heads, by fresh ones."""
+        super().reset_classifier(num_classes, global_pool)
+        if self.head_dist is not None:
+            self.head_dist = copy.deepcopy(self.head)
+            if isinstance(self.head_dist, nn.Linear):
+                self.head_dist.reset_parameters()
+
     def prefixes(self) -> tuple[int, ...]:
         """Prefix tokens present in every block."""
         return tuple(
@@ -191,7 +209,10 @@ class MergingViT(VisionTransformer):
         """
         x = self.embed_patches(images)
         plan = self.plan(r, x.shape[1])
-        x, size, groups = self._run_blocks(x, plan, trace)
+        if r is not None and not torch.compiler.is_compiling():
+            warn_if_clamped(self.merge.with_r(r), plan)
+        grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])) if any(plan.local) else None
+        x, size, groups = self._run_blocks(x, plan, trace, grid)
         x = self.norm(x)
         logits, logits_class, logits_dist = self._classify(x, size)
         if not trace:
@@ -201,6 +222,10 @@ class MergingViT(VisionTransformer):
     def forward_features(self, images: Tensor, r: Any = None) -> Tensor:  # type: ignore[override]
         """Tokens (B,M,C) after the final norm, prefix first."""
         return self(images, r=r, trace=True).tokens
+
+    def forward_head(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: pooling needs the sizes of the tokens. Use model(images) or trace=True."""
+        raise NotImplementedError("the head needs the sizes of merged tokens; use model(images, trace=True)")
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Not available: the number of tokens changes over blocks. Use trace=True."""
@@ -222,24 +247,34 @@ class MergingViT(VisionTransformer):
             self.pos_embed, list(grid), list(self.patch_embed.grid_size), num_prefix_tokens=self.num_pos_prefix
         )
 
-    def _run_blocks(self, x: Tensor, plan: TokenPlan, trace: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _run_blocks(
+        self, x: Tensor, plan: TokenPlan, trace: bool, grid: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """All blocks; groups are followed where they are asked for, or where windows (of a grid) depend on them."""
         size = torch.ones(x.shape[:2], device=x.device)
-        group = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None
+        group = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace or grid else None
         groups: list[Tensor] = []
         prefix, merged = 0, False
         for layer, block in enumerate(self.blocks):
             x, size, prefix = self._enter(layer, x, size, prefix)
-            x, size, step = self._run_block(block, x, size, prefix, plan.merges[layer], merged)
+            local = None
+            if grid and group is not None and plan.local[layer]:
+                windows = window_of(first_patch(group, x.shape[1] - prefix), grid, self.merge.local_grid or 1)
+                local = Local(plan.local[layer], windows)
+            x, size, step = self._run_block(block, x, size, prefix, plan.merges[layer], merged, local)
             merged = merged or step is not None
             if group is not None:
                 group = group if step is None else group_map(step).gather(1, group + prefix) - prefix
                 groups.append(group)
         return x, size, groups
 
-    def _run_block(self, block: Block, x: Tensor, size: Tensor, prefix: int, r: int, merged: bool) -> BlockOutput:
+    def _run_block(
+        self, block: Block, x: Tensor, size: Tensor, prefix: int, r: int, merged: bool, local: Local | None
+    ) -> BlockOutput:
+        arguments = (block, x, size, prefix, r, self.merge, merged, local)
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run_block, block, x, size, prefix, r, self.merge, merged, use_reentrant=False)
-        return run_block(block, x, size, prefix, r, self.merge, merged)
+            return checkpoint(run_block, *arguments, use_reentrant=False)
+        return run_block(*arguments)
 
     def _enter(self, layer: int, x: Tensor, size: Tensor, prefix: int) -> tuple[Tensor, Tensor, int]:
         """Insert the prefix tokens whose layer this is, at their places in [class, distillation, registers]."""
@@ -295,13 +330,15 @@ def apply_merging(
     vit: VisionTransformer,
     merge: MergeConfig,
     num_registers: int | None = None,
-    register_layer: int = 0,
-    class_layer: int = 0,
+    register_layer: int | None = None,
+    class_layer: int | None = None,
 ) -> MergingViT:
     """A merging model that shares the weights of a timm ViT, which itself stays unchanged.
 
     Args:
         num_registers: R in all; None keeps what the model has. New ones are fresh parameters.
+        register_layer, class_layer: the blocks before which registers and class token enter; None: the first, or where
+            they enter in a model that is a `MergingViT` already.
 
     Raises:
         UserError: (a ValueError) the model is of a form that cannot be served, which is named.

@@ -72,7 +72,7 @@ def test_arguments_reach_the_model() -> None:
 def test_none_is_the_models_own_default() -> None:
     model = create_model("deit_digits", num_classes=None, img_size=None, drop_path_rate=None, num_registers=None)
     assert (model.num_classes, model.patch_embed.img_size, model.num_registers) == (10, (32, 32), 0)
-    assert model.merge == MergeConfig(method="none")
+    assert model.merge == MergeConfig()
 
 
 def test_a_reg4_model_keeps_or_is_given_its_registers() -> None:

@@ -266,6 +266,11 @@ def test_increasing_schedule_mirrors_the_decreasing_one() -> None:
     assert plan(196, (1,) * 12, r=(8, 0.0)).merges == (8,) * 12
 
 
+def test_inflection_truncates_at_both_ends_and_between() -> None:
+    """first = int(5 * 1.5) = 7, last = 10 - 7 = 3, in between 5.66 and 4.33."""
+    assert plan(196, (1,) * 4, r=(5, -0.5)).merges == (7, 5, 4, 3)
+
+
 def test_inflection_in_one_block_has_no_slope() -> None:
     assert plan(196, (1,), r=(8, -1.0)).merges == (16,)
 

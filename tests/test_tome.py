@@ -424,9 +424,9 @@ def test_deterministic_algorithms_give_the_same() -> None:
 
 
 def test_a_half_precision_metric_is_compared_in_full_precision() -> None:
-    metric = torch.randn(4, 64, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    full = match_bipartite(metric.float(), 16, 1)
-    assert torch.equal(group_map(match_bipartite(metric, 16, 1)), group_map(full))
+    metric = torch.randn(8, 196, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    full = match_bipartite(metric.float(), 40, 1)
+    assert torch.equal(group_map(match_bipartite(metric, 40, 1)), group_map(full))
 
 
 def test_decisions_are_made_in_full_precision_under_autocast() -> None:
@@ -456,4 +456,5 @@ def test_sizes_stay_exact_in_a_half_precision_model() -> None:
     model = randomise(MergingViT(image_size=40, patch_size=2, num_classes=3, dim=8, depth=8, heads=2, mlp_dim=8, r=0.5))
     out = model.bfloat16().eval()(images(1, 40).bfloat16(), trace=True)
     assert out.counts[-1] - 5 <= 3
-    assert int(out.size.double().sum()) == 405
+    assert out.size.dtype == torch.float32
+    assert out.size[0, 5:].tolist() == torch.bincount(out.group[0]).tolist()
