@@ -1,0 +1,127 @@
+"""Every method on one set of weights and images, in one pass: GMACs, top-1, top-5, agreement and KL with dense.
+
+    python run/methods_table.py --data_path DATA/imagenet_mini --weights deit_tiny_imagenet.safetensors --out table
+
+Training-free, fp32 unless --amp says otherwise. The rows are those that the published code was measured on, and LGTM.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import main as cli
+from datasets import DataConfig, build_data, build_eval_loader
+from engine import build_precision, evaluate
+from models import MergeConfig, MergingViT, UserError, apply_merging, create_model
+from models.checkpoint import extract_state_dict, load_weights
+from models.gmacs import gmacs
+from models.registry import data_settings
+from utils import Distributed, load_checkpoint, log, write_json
+
+BLOCKS = tuple(range(1, 12))
+ROWS: dict[str, MergeConfig] = {
+    "dense": MergeConfig(r=0),
+    "ToMe r=8": MergeConfig(r=8),
+    "ToMe r=13": MergeConfig(r=13),
+    "ToMe r=16": MergeConfig(r=16),
+    "ToMe r=13, no proportional attention": MergeConfig(r=13, prop_attn=False),
+    "ToMe r=16, no proportional attention": MergeConfig(r=16, prop_attn=False),
+    "ToMe, 3 dense layers then r=16": MergeConfig(r=16, dense_layers=3),
+    "ToMe, 3 dense layers then r=20": MergeConfig(r=20, dense_layers=3),
+    "ToMe (8,-1)": MergeConfig(r="(8,-1)"),
+    "MCTF r=8, blocks 1-11": MergeConfig("mctf", 8, BLOCKS),
+    "MCTF r=13, blocks 1-11": MergeConfig("mctf", 13, BLOCKS),
+    "MCTF r=16, blocks 1-11": MergeConfig("mctf", 16, BLOCKS),
+    "MCTF-Fast, 0.35 at blocks 3,6,9": MergeConfig("mctf", 0.35, (3, 6, 9)),
+    "LGTM r=4 (ours)": MergeConfig("lgtm", 4),
+    "LGTM r=8 (ours)": MergeConfig("lgtm", 8),
+    "LGTM r=12 (ours)": MergeConfig("lgtm", 12),
+}
+
+
+class Variants(nn.Module):
+    """One set of weights under many configs: `variants(images, r=name)`; r = 0 is the dense one."""
+
+    def __init__(self, model: MergingViT, rows: dict[str, MergeConfig]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(apply_merging(model, config) for config in rows.values())
+        self.index: dict[Any, int] = {name: i for i, name in enumerate(rows)} | {0: 0}
+
+    def forward(self, images: Tensor, r: Any) -> Tensor:
+        return self.models[self.index[r]](images)
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="methods_table.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--data_path", required=True, help="folder with val/CLASS/*")
+    parser.add_argument("--dataset", default="IMNET")
+    parser.add_argument("--model", default="deit_tiny")
+    parser.add_argument("--weights", required=True, help="checkpoint of the dense model")
+    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name starts with one of these")
+    parser.add_argument("--limit", type=cli.positive)
+    parser.add_argument("--batch_size", type=cli.positive, default=64)
+    parser.add_argument("--num_workers", type=cli.count, default=2)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--amp", choices=("bf16", "fp16", "none"), default="none")
+    parser.add_argument("--out", help="file to write, with .json and .md")
+    return parser
+
+
+def table(argv: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the table, measured."""
+    args = build_parser().parse(argv)
+    rows = {k: v for k, v in ROWS.items() if not args.rows or k == "dense" or k.startswith(tuple(args.rows))}
+    settings = cli.parse_args(["--eval", "--dataset", args.dataset, "--data_path", args.data_path, "--no_pretrained"])
+    for name in ("limit", "batch_size", "num_workers", "device", "amp"):
+        setattr(settings, name, getattr(args, name))
+    dist = Distributed(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    data = build_data(settings, DataConfig(**data_settings(args.model)))
+    model = create_model(args.model, num_classes=data.num_classes)
+    weights = extract_state_dict(load_checkpoint(args.weights), source=args.weights)[0]
+    load_weights(model, weights, num_classes_changed_ok=False, source=args.weights, name=args.model)
+    variants = Variants(model, rows).to(dist.device)
+    loader = build_eval_loader(settings, data.val, 0, 1)
+    precision = build_precision(settings, dist.device)
+    scores = evaluate(variants, loader, list(rows), precision, dist, agreement=True, log=log, title="methods")
+    assert scores is not None
+    measured = [
+        {"method": name, "gmacs": gmacs(variants.models[i]), "n_images": score.n_images}  # type: ignore[arg-type]
+        | {key: getattr(score, key) for key in ("acc1", "acc5", "agree", "kl")}
+        for i, (name, score) in enumerate(zip(rows, scores, strict=True))
+    ]
+    if args.out:
+        write_json(Path(args.out).with_suffix(".json"), {"model": args.model, "rows": measured})
+        Path(args.out).with_suffix(".md").write_text(markdown(measured))
+    return measured
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table in markdown."""
+    lines = ["| method | GMACs | top-1 | top-5 | agree | KL |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['method']} | {r['gmacs']:.3f} | {r['acc1']:.2f} | {r['acc5']:.2f} | {r['agree']:.2f} | {r['kl']:.4f} |"
+        for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    try:
+        print(markdown(table(sys.argv[1:] if argv is None else argv)))
+    except UserError as error:
+        print(f"methods_table.py: error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
