@@ -3,6 +3,7 @@
 The objective returns {"loss": scalar, part: detached scalar, ...}; a part's name is only ever a column of the log.
 """
 
+import re
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -147,10 +148,20 @@ class Trainer:
             with self._no_sync() if not last else nullcontext():
                 with self.precision.autocast():
                     parts = self.objective(self.model, images, targets)
-                self.precision.scaler.scale(parts["loss"] / len(group)).backward()
+                self._backward(parts["loss"] / len(group))
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * len(images)
         return sums
+
+    def _backward(self, loss: Tensor) -> None:
+        """Differentiate; between ranks this exchanges gradients too, where a lost rank shows first."""
+        try:
+            self.precision.scaler.scale(loss).backward()
+        except RuntimeError as error:
+            if not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"lost contact with the other processes in a sum of gradients: {reason}") from error
 
     def _move(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = batch.images.to(self.dist.device, non_blocking=True)

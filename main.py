@@ -1,6 +1,6 @@
 """Finetune and evaluate Vision Transformers with register tokens and token merging.
 
-torchrun --nproc_per_node=8 main.py --model deit_small --r 16 --num_registers 4
+torchrun --nproc_per_node=8 -- main.py --model deit_small --r 16 --num_registers 4
 python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
 """
 
@@ -107,6 +107,8 @@ def _underscored(token: str) -> str:
     if not token.startswith("--"):
         return token
     flag, equals, value = token.partition("=")
+    if value == "--":  # argparse would take it for the end of the options and hand on an empty list
+        raise UserError(f"{flag} needs a value, not '--'; see --help")
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
@@ -124,8 +126,8 @@ def _bounded(kind: type, low: float, high: float = math.inf, open_low: bool = Fa
     return parse
 
 
-positive = _bounded(int, 1)
-count = _bounded(int, 0)
+positive = _bounded(int, 1, 10**9)
+count = _bounded(int, 0, 10**9)
 amount = _bounded(float, 0)
 above_zero = _bounded(float, 0, open_low=True)
 share = _bounded(float, 0, 1)
@@ -174,7 +176,7 @@ def _data_flags(parser: Parser) -> None:
     names = ("IMNET", "IMAGENETTE", "CIFAR10", "CIFAR100", "FLOWERS102", "FOLDER", "WDS", "DIGITS")
     group.add_argument("--dataset", "--data_set", default="IMNET", metavar="NAME", help=", ".join(names))
     group.add_argument("--data_path", help="folder of the data (default: data/<dataset>); WDS: shard patterns")
-    group.add_argument("--input_size", type=positive, help="pixels (default: the model's)")
+    group.add_argument("--input_size", type=_bounded(int, 1, 4096), help="pixels (default: the model's)")
     group.add_argument("--batch_size", type=positive, default=64, help="per process and micro-step")
     group.add_argument("--num_workers", type=count, default=10, help="loader processes per process")
     group.add_argument("--max_bad_images", type=count, help="unreadable images a run survives (0.1 %%, at least 10)")
@@ -210,7 +212,7 @@ def _augmentation_flags(parser: Parser) -> None:
 def _model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="ours or a timm ViT name (default: deit_small)")
-    group.add_argument("--num_registers", type=count, help="in all (default: what the model has)")
+    group.add_argument("--num_registers", type=_bounded(int, 0, 1024), help="in all (default: what the model has)")
     group.add_argument("--register_layer", type=count, help="block before which registers enter (default: 0)")
     _boolean(group, "pretrained", None, "timm's weights (default: yes, unless --finetune or --resume is given)")
     group.add_argument("--finetune", metavar="FILE|URL", help="weights to start from, of DeiT, timm, MCTF or ours")
@@ -297,7 +299,7 @@ def _run_flags(parser: Parser) -> None:
     group.add_argument("--eval", action="store_true", help="evaluate only")
     group.add_argument("--throughput", action="store_true", help="with --eval: images/s against timm's dense model")
     group.add_argument("--agreement", action="store_true", help="with --eval: compare with r=0 of the same weights")
-    group.add_argument("--seed", type=count, default=0)
+    group.add_argument("--seed", type=_bounded(int, 0, 2**63 - 1), default=0)
     group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
     group.add_argument("--save_every", type=positive, default=1, metavar="EPOCHS")
     group.add_argument("--save_every_steps", type=count, default=0, metavar="UPDATES", help="0: at epoch ends only")
@@ -455,7 +457,8 @@ def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> Merge
     given = {name: getattr(args, name) for name in _MERGE_FIELDS if getattr(args, name) is not None}
     if args.activate_layer is not None:
         given["activate_layers"] = args.activate_layer
-    if stored is not None and args.merge is None and args.r is None and not given:
+    asks = args.merge is not None or args.r is not None or bool(given)
+    if stored is not None and not asks and not (stored["method"] == "none" and args.r_evals):
         return MergeConfig.from_dict(stored)
     evaluated = [r for r in args.r_evals or () if parse_schedule(r) != 0]
     method = args.merge or ("tome" if args.r is not None or evaluated else "none")
@@ -661,6 +664,9 @@ def _device_name(device: torch.device) -> str:
 
 # Training
 
+_OF_SCHEDULE = ("lr", "lr_times", "min_lr", "min_lr_times", "warmup_lr", "warmup_epochs", "epochs", "decay_epochs")
+_OF_SCHEDULE += ("decay_rate", "patience_epochs", "weight_decay")
+
 
 class Run:
     """A training run: what is saved, logged and resumed."""
@@ -738,6 +744,7 @@ class Run:
             set_rng_state(state["rng"])
             trainer.objective.load_state_dict(state["rng"]["objective"])
         self._check_position(state.get("sampler"), path)
+        self._tell_ignored(state.get("args"))
         self.saved = path
         log(f"resumed {path} at epoch {self.epoch}, micro-batch {self.step}")
 
@@ -752,6 +759,13 @@ class Run:
                 f"{path} stopped inside an epoch, which cannot go on with {changed}; keep them as they were"
             )
         log(f"warning: resumed with {changed}: the run goes on, but not as the unbroken one would")
+
+    def _tell_ignored(self, saved: Any) -> None:
+        """Flags of the schedule do nothing on a resumed run, whose schedule is the checkpoint's."""
+        now, before = to_plain(self.args), saved if isinstance(saved, dict) else {}
+        changed = [f"--{name}" for name in _OF_SCHEDULE if name in before and before[name] != now[name]]
+        if changed:
+            log(f"warning: the learning rate follows the checkpoint's schedule, whatever {', '.join(changed)} says now")
 
     def save(self) -> None:
         """Write checkpoint.pth on rank 0; the others wait, so that none runs ahead of what is safe."""

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -196,7 +197,7 @@ def token_plan(config: MergeConfig, patches: int, prefixes: tuple[int, ...]) -> 
     for layer, prefix in enumerate(prefixes):
         want, inside = _amount(config, wanted[layer], layer, patches) if layer in active else (0, 0)
         # len(range()) makes torch.compile take r as a constant, also after other values: one graph per schedule
-        r = len(range(min(want, max(0, patches + prefix - config.min_tokens), patches // 2)))
+        r = len(range(min(want, max(0, patches + prefix - (config.min_tokens or 0)), patches // 2)))
         clamped |= r < want
         patches -= r
         merges.append(r)
@@ -215,7 +216,7 @@ def warn_if_clamped(config: MergeConfig, plan: TokenPlan) -> None:
         )
 
 
-def _wanted(r: Schedule, depth: int) -> list[float]:
+def _wanted(r: Schedule, depth: int) -> Sequence[float]:
     """One number per block: a count, or a ratio below 1."""
     if isinstance(r, Inflection):
         first = int(r.r * (1 - r.inflection))

@@ -133,7 +133,7 @@ class MergingViT(VisionTransformer):
         if count != have:
             fresh = self.patch_embed.proj.weight.new_empty(1, max(0, count - have), self.embed_dim)
             trunc_normal_(fresh, std=0.02)
-            old = [] if self.reg_token is None else [self.reg_token.detach()[:, :count]]
+            old = [] if self.reg_token is None else [self.reg_token.detach()[:, :count]]  # type: ignore[has-type]
             extra = self.num_pos_prefix - class_tokens  # so150m's own registers have position entries
             if count < extra:
                 kept = torch.cat(
@@ -350,12 +350,13 @@ def check_supported(vit: nn.Module) -> None:
     """Raise a UserError that names what a model has that merging cannot serve."""
     name = type(vit).__name__
     problem = None
+    blocks: Any = getattr(vit, "blocks", ())
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled, MergingViT):
         problem = f"{name} is not timm's VisionTransformer"
-    elif blocks := {type(block).__name__ for block in vit.blocks if type(block) is not Block}:
-        problem = f"its blocks are {', '.join(sorted(blocks))}, not timm's Block"
-    elif attns := {type(block.attn).__name__ for block in vit.blocks if type(block.attn) is not Attention}:
-        problem = f"its attention is {', '.join(sorted(attns))}, not timm's Attention"
+    elif others := {type(block).__name__ for block in blocks if type(block) is not Block}:
+        problem = f"its blocks are {', '.join(sorted(others))}, not timm's Block"
+    elif others := {type(block.attn).__name__ for block in blocks if type(block.attn) is not Attention}:
+        problem = f"its attention is {', '.join(sorted(others))}, not timm's Attention"
     elif vit.global_pool not in ("token", "avg", "avgmax", "max", "map"):
         problem = f"it pools by {vit.global_pool!r}"
     elif not isinstance(vit.patch_drop, nn.Identity):
