@@ -664,7 +664,16 @@ def _device_name(device: torch.device) -> str:
 
 # Training
 
-_OF_SCHEDULE = ("lr", "lr_times", "min_lr", "min_lr_times", "warmup_lr", "warmup_epochs", "epochs", "decay_epochs")
+_OF_SCHEDULE: tuple[str, ...] = (
+    "lr",
+    "lr_times",
+    "min_lr",
+    "min_lr_times",
+    "warmup_lr",
+    "warmup_epochs",
+    "epochs",
+    "decay_epochs",
+)
 _OF_SCHEDULE += ("decay_rate", "patience_epochs", "weight_decay")
 
 
@@ -765,7 +774,7 @@ class Run:
         now, before = to_plain(self.args), saved if isinstance(saved, dict) else {}
         changed = [f"--{name}" for name in _OF_SCHEDULE if name in before and before[name] != now[name]]
         if changed:
-            log(f"warning: the learning rate follows the checkpoint's schedule, whatever {', '.join(changed)} says now")
+            log(f"warning: the checkpoint's optimizer and schedule go on, whatever {', '.join(changed)} says now")
 
     def save(self) -> None:
         """Write checkpoint.pth on rank 0; the others wait, so that none runs ahead of what is safe."""

@@ -163,9 +163,7 @@ def parse_schedule(r: Any) -> Schedule:
     if isinstance(r, (list, tuple)):
         if len(r) == 2 and (isinstance(r[1], float) or (_is_int(r[1]) and r[1] < 0)):
             return _inflection(*r)
-        if not r or not all(_is_int(value) and value >= 0 for value in r):
-            raise UserError(f"r must list one integer >= 0 per block, not {list(r)!r}")
-        return tuple(int(value) for value in r)
+        return _counts(r)
     if not _is_number(r) or r < 0 or (r > 1 and r != int(r)):
         raise UserError(f"r must be an integer >= 0, a ratio below 1, a list or (r, inflection), not {r!r}")
     return int(r) if r == int(r) else float(r)
@@ -249,10 +247,18 @@ def _parse_text(text: str) -> Schedule:
         if listed:
             items = next(group for group in listed.groups() if group is not None).split(",")
             # one trailing comma makes a list of a single number
-            return parse_schedule([_number(item) for item in (items[:-1] if items[-1].strip() == "" else items)])
+            return _counts([_number(item) for item in (items[:-1] if items[-1].strip() == "" else items)])
         return parse_schedule(_number(body))
+    except UserError:
+        raise
     except (ValueError, OverflowError):
         raise UserError(f"cannot read r={text!r}; write 16, 0.35, 16,0,8 or (16,-1)") from None
+
+
+def _counts(r: Sequence[Any]) -> tuple[int, ...]:
+    if not r or not all(_is_int(value) and value >= 0 for value in r):
+        raise UserError(f"r must list one integer >= 0 per block, not {list(r)!r}")
+    return tuple(int(value) for value in r)
 
 
 def _inflection(r: Any, inflection: Any) -> Inflection:

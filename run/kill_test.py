@@ -1,0 +1,219 @@
+"""Kill a training run again and again, resume it each time, and compare it bit for bit with an unbroken one.
+
+python run/kill_test.py                        # 30 faults, some minutes on two CPU cores
+python run/kill_test.py --faults 5 --seed 1 --folder output/kill_test
+
+The run is a small model on scikit-learn's digits, in two processes under torchrun, saved after every update. Weights,
+their average, optimizer, schedule, random streams and log.txt (without its two columns of time) must be equal.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = ("images_per_s", "seconds")
+PATIENCE = 180  # seconds that a start, or an end after a fault, may take
+# everything that draws, in steps as short as they get
+FLAGS = "--dataset DIGITS --device cpu --input_size 16 --batch_size 16 --epochs 4 --warmup_epochs 1 --num_registers 2"
+FLAGS += " --r 2 --full_weight 1 --full_r_max 3 --consistency_weight 3 --mixup 0.5 --drop_path 0.1 --reprob 0.3"
+FLAGS += " --repeated_aug --model_ema_decay 0.9 --log_every 1000 --save_every_steps 1 --resume auto"
+# who is hit with what; a killed launcher leaves ranks behind, which are then killed too, as when a machine goes down
+FAULTS = {
+    "a rank is killed": ("rank", signal.SIGKILL),
+    "torchrun is killed": ("launcher", signal.SIGKILL),
+    "SIGTERM to torchrun": ("launcher", signal.SIGTERM),
+    "SIGTERM to a rank": ("rank", signal.SIGTERM),
+    "SIGUSR1 to a rank": ("rank", signal.SIGUSR1),
+    "SIGUSR2 to a rank": ("rank", signal.SIGUSR2),
+}
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """log.txt without the columns that depend on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, or a run's newest, without the time it took and the arguments, which name the folder."""
+    state = torch.load(path / "checkpoint.pth" if path.is_dir() else path, weights_only=True)
+    state.get("epoch_log", {}).pop("seconds", None)
+    state.pop("args", None)
+    return state
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Where two nests of tensors and plain values differ in any bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        odd = [f"{place}/{key} only on one side" for key in a.keys() ^ b.keys()]
+        return odd + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{place}/{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}/{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [f"{place}: tensors differ"]
+    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    return [] if both_nan or (type(a) is type(b) and a == b) else [f"{place}: {a!r} != {b!r}"]
+
+
+def differing_runs(first: Path, second: Path) -> list[str]:
+    """Where two finished runs differ: checkpoint, best weights and log."""
+    found = differences(checkpoint(first), checkpoint(second), "checkpoint.pth")
+    found += differences(checkpoint(first / "best.pth"), checkpoint(second / "best.pth"), "best.pth")
+    return found + differences(log_lines(first), log_lines(second), "log.txt")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """torchrun with its ranks."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks that run, in order."""
+        return sorted(pid for pid in _children(self.process.pid) if b"main.py" in _read(f"/proc/{pid}/cmdline"))
+
+    def saves(self) -> int:
+        """Changes whenever a checkpoint has been written."""
+        file = self.folder / "checkpoint.pth"
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:  # a process that has just ended
+        return b""
+
+
+def _children(parent: int) -> list[int]:
+    stats = {int(entry.name): _read(f"{entry}/stat") for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    return [pid for pid, stat in stats.items() if stat and int(stat.rpartition(b")")[2].split()[1]) == parent]
+
+
+def launch(folder: Path) -> Launch:
+    """Start or resume the run in a folder; what it says goes to FOLDER.txt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    command += [str(ROOT / "main.py"), *FLAGS.split(), "--output_dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "REGTOME_DIST_TIMEOUT": "60"}
+    with open(f"{folder}.txt", "ab") as output:
+        return Launch(folder, subprocess.Popen(command, stdout=output, stderr=output, env=environment))
+
+
+def end(running: Launch, ranks: Sequence[int], launcher_killed: bool) -> int:
+    """Wait for the end of torchrun and of its ranks; returns torchrun's exit status."""
+    status = running.process.wait(PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    for rank in ranks:
+        while b"main.py" in _read(f"/proc/{rank}/cmdline"):
+            if launcher_killed:
+                _send(rank, signal.SIGKILL)
+            elif time.monotonic() > deadline:
+                raise TimeoutError(f"rank with process id {rank} outlives torchrun; see {running.folder}.txt")
+            time.sleep(0.01)
+    return status
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.kill(pid, number)
+
+
+def hit(running: Launch, kind: str, draw: random.Random) -> bool:
+    """Wait for a random moment, then strike; False if the run ended before.
+
+    One time in six the moment lies anywhere in the start, else within 0.3 s after the first save.
+    """
+    started, before = time.monotonic(), running.saves()
+    early = draw.uniform(0, 10) if draw.random() < 1 / 6 else math.inf
+    while running.saves() == before and running.process.poll() is None and time.monotonic() - started < early:
+        if time.monotonic() - started > PATIENCE:
+            raise TimeoutError(f"no checkpoint within {PATIENCE} s; see {running.folder}.txt")
+        time.sleep(0.005)
+    time.sleep(0 if early < math.inf else draw.uniform(0, 0.3))
+    if running.process.poll() is not None:
+        return False
+    who, number = FAULTS[kind]
+    ranks = running.ranks()
+    victim = draw.choice(ranks) if who == "rank" and ranks else running.process.pid
+    _send(victim, number)
+    running.process.poll()
+    end(running, ranks, victim == running.process.pid and number == signal.SIGKILL)
+    return True
+
+
+def place(folder: Path) -> str:
+    """Where the checkpoint of a run stands."""
+    if not (folder / "checkpoint.pth").exists():
+        return "not begun"
+    state = checkpoint(folder)
+    return f"epoch {state['epoch']}, update {state['step']}"
+
+
+def torture(folder: Path, faults: int, draw: random.Random, counts: Counter[str]) -> int:
+    """Play faults on one run until it is done; returns how many there were."""
+    played, kinds = 0, list(FAULTS)
+    while played < faults:
+        kind = kinds[(sum(counts.values())) % len(kinds)]
+        if not hit(running := launch(folder), kind, draw):
+            if running.process.returncode:
+                raise RuntimeError(f"the run failed by itself; see {folder}.txt")
+            return played
+        played += 1
+        counts[kind] += 1
+        marked = "stop marker" if (folder / "stopped.json").exists() else "no marker"
+        print(f"{sum(counts.values()):3d}  {kind:20s}  {place(folder)}, {marked}", flush=True)
+    if launch(folder).process.wait(PATIENCE * 5):
+        raise RuntimeError(f"the run failed by itself; see {folder}.txt")
+    return played
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 if every tortured run equals the unbroken one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=30, help="how many to play (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
+    parser.add_argument("--folder", type=Path, default=Path("output/kill_test"), help="emptied first")
+    args = parser.parse_args(argv)
+    shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir(parents=True)
+    began, draw, counts = time.monotonic(), random.Random(args.seed), Counter[str]()
+    whole = args.folder / "unbroken"
+    if launch(whole).process.wait(PATIENCE * 5):
+        print(f"FAIL: the unbroken run failed; see {whole}.txt")
+        return 1
+    print(f"unbroken run: {time.monotonic() - began:.0f} s", flush=True)
+    found: list[str] = []
+    rounds = 0
+    while sum(counts.values()) < args.faults:
+        folder = args.folder / f"tortured{rounds}"
+        torture(folder, args.faults - sum(counts.values()), draw, counts)
+        found += [f"{folder.name}: {line}" for line in differing_runs(folder, whole)]
+        rounds += 1
+    for kind, number in counts.items():
+        print(f"{number:3d} x {kind}")
+    print(f"{sum(counts.values())} faults in {rounds} run(s), {time.monotonic() - began:.0f} s")
+    for line in found[:20]:
+        print(line)
+    print("FAIL: resumed runs differ from the unbroken one" if found else "PASS: every bit is equal")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
