@@ -136,10 +136,9 @@ class MergingViT(VisionTransformer):
             old = [] if self.reg_token is None else [self.reg_token.detach()[:, :count]]  # type: ignore[has-type]
             extra = self.num_pos_prefix - class_tokens  # so150m's own registers have position entries
             if count < extra:
-                kept = torch.cat(
-                    (self.pos_embed[:, : class_tokens + count], self.pos_embed[:, self.num_pos_prefix :]), 1
-                )
-                self.pos_embed = nn.Parameter(kept.detach())
+                positions: Tensor = self.pos_embed.detach()  # type: ignore[has-type]
+                kept = torch.cat((positions[:, : class_tokens + count], positions[:, self.num_pos_prefix :]), dim=1)
+                self.pos_embed = nn.Parameter(kept)
             self.reg_token = nn.Parameter(torch.cat([*old, fresh], dim=1)) if count else None
         self.num_reg_tokens = count
         self.num_prefix_tokens = class_tokens + count
