@@ -1,0 +1,139 @@
+"""What happens inside a model, block by block: the view that all instruments share.
+
+`walk` runs the very block functions of the forward, from outside: the forward itself knows nothing of it and pays
+nothing. Layers are handed out one at a time, so that memory holds one block's tokens as long as the caller keeps none.
+
+Shapes: B batch, N tokens in, M tokens out, n patches at the input, P prefix tokens, C channels, H heads, D their
+channels, (gh,gw) the patch grid.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import Format
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from models.blocks import Local, attention_map, log_size, project_qkv, run_block
+from models.criteria import first_patch, window_of
+from models.errors import UserError
+from models.merging import Merge, group_map
+from models.vit import MergingViT
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's input and output."""
+
+    index: int
+    block: Block
+    x_in: Tensor  # (B,N,C) residual stream, with the prefix tokens that enter before this block
+    x_out: Tensor  # (B,M,C)
+    size_in: Tensor  # (B,N) patches per token, 1 for the prefix
+    size_out: Tensor  # (B,M)
+    prefix: int  # P, prefix tokens present in this block
+    kinds: tuple[str, ...]  # their names, P of them
+    group_in: Tensor  # (B,n) in [0, N-P): the incoming token that each patch is in
+    group_out: Tensor  # (B,n) in [0, M-P)
+    step: Merge | None  # the merge of this block, None where nothing merges
+    bias: Tensor | None  # (B,1,1,N) proportional attention's key bias; None: all zeros
+    grid: tuple[int, int]  # (gh,gw), n = gh * gw
+
+
+@torch.no_grad()
+def walk(model: MergingViT, images: Tensor, r: Any = None) -> Iterator[Layer]:
+    """Run the model on images (B,3,H,W) and hand out every block, in order.
+
+    Args:
+        model: in evaluation mode.
+        r: another schedule than the model's, in any form of `MergeConfig.r`.
+    """
+    x = model.embed_patches(images)
+    plan, grid = model.plan(r, x.shape[1]), patch_grid(model, images)
+    size = torch.ones(x.shape[:2], device=x.device)
+    group = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    prefix, merged = 0, False
+    for index, block in enumerate(model.blocks):
+        x, size, prefix = model._enter(index, x, size, prefix)
+        local = None
+        if plan.local[index]:
+            windows = window_of(first_patch(group, x.shape[1] - prefix), grid, model.merge.local_grid or 1)
+            local = Local(plan.local[index], windows)
+        out = run_block(block, x, size, prefix, plan.merges[index], model.merge, merged, local)
+        left = group if out.step is None else group_map(out.step).gather(1, group + prefix) - prefix
+        bias = log_size(size, x) if model.merge.prop_attn and merged else None
+        kinds = token_kinds(model, index)
+        yield Layer(index, block, x, out.x, size, out.size, prefix, kinds, group, left, out.step, bias, grid)
+        x, size, group, merged = out.x, out.size, left, merged or out.step is not None
+
+
+def final(model: MergingViT, layer: Layer) -> Tensor:
+    """Tokens (B,M,C) after the final norm, from the last layer of `walk`: `model(images, trace=True).tokens`."""
+    with torch.no_grad():
+        return model.norm(layer.x_out)
+
+
+def qkv(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (B,H,N,D) of the block's incoming tokens: before scaling, with bias and any q/k norm."""
+    block: Any = layer.block
+    with torch.no_grad():
+        return project_qkv(block.attn, block.norm1(layer.x_in))
+
+
+def attention(layer: Layer) -> Tensor:
+    """The attention map (B,H,N,N) over the block's incoming tokens, with proportional attention's bias.
+
+    This is the map the block attends with (method mctf: the one it merges by; with one_step_ahead="precise" it then
+    attends again, over merged tokens). Rows sum to 1. A column is the mass on a token, so on all patches in it.
+    """
+    block: Any = layer.block
+    q, k, _ = qkv(layer)
+    with torch.no_grad():
+        return attention_map(block.attn, q, k, layer.bias)
+
+
+def patch_grid(model: MergingViT, images: Tensor) -> tuple[int, int]:
+    """Rows and columns (gh,gw) of patches that the model makes of images (B,3,H,W)."""
+    height, width = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    return height, width
+
+
+def to_grid(values: Tensor, group: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """Give every patch the value of the token it is in: values (B,T,...) by group (B,n) -> (B,gh,gw,...).
+
+    Args:
+        values: of the T patch tokens, without the prefix.
+        group: (B,n) with values in [0,T), as `Layer.group_in` or `group_out`.
+        grid: (gh,gw) with gh * gw = n; None: square.
+    """
+    batch, patches = group.shape
+    if grid is None:
+        side = round(patches**0.5)
+        grid = (side, side)
+    if grid[0] * grid[1] != patches:
+        raise UserError(f"{patches} patches do not make a grid of {grid[0]} x {grid[1]}; name the grid")
+    rows = torch.arange(batch, device=group.device).unsqueeze(1)
+    return values[rows, group].unflatten(1, grid)
+
+
+def token_kinds(model: MergingViT, layer: int | None = None) -> tuple[str, ...]:
+    """Names of the prefix tokens in order: class, distillation, register 1..R (layer: only those in that block)."""
+    names: list[str] = []
+    if layer is None or layer >= model.class_layer:
+        names += ["class", "distillation"][: model.num_class_tokens]
+    if layer is None or layer >= model.register_layer:
+        names += [f"register {index + 1}" for index in range(model.num_registers)]
+    return tuple(names)
+
+
+def allow_any_size(model: MergingViT) -> None:
+    """Let the model take images of any height and width from now on, in place.
+
+    Images are padded with zeros on the right and below to whole patches; position entries are resampled (bicubic,
+    antialiased) in every forward. Weights do not change, nor does the output for the model's own size.
+    """
+    embed = model.patch_embed
+    embed.strict_img_size, embed.dynamic_img_pad = False, True
+    embed.flatten, embed.output_fmt = False, Format.NHWC

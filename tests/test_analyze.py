@@ -1,0 +1,283 @@
+"""run/analyze.py: every command on a toy model and a few images, what it writes, and mistakes in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import run._inputs as inputs
+import run.analyze as analyze
+from models import UserError, create_model
+from models.registry import OWN_SIZES
+from tests.test_lost import write_annotation
+
+TOY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
+FAST = ["--device", "cpu", "--num_workers", "0"]
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Weights of a small model that attends to something; a spec of it."""
+    monkeypatch.setitem(OWN_SIZES, "deit_digits", TOY)
+    torch.manual_seed(0)
+    model = create_model("deit_digits", num_registers=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    file = tmp_path / "weights of mine.pth"
+    torch.save({"model": model.state_dict()}, file)
+    return f"deit_digits:{file}"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five images, one of them torn."""
+    folder = tmp_path / "my photos"
+    (folder / "below").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for index in range(4):
+        noise = random.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / ("below" if index % 2 else ".") / f"{index}.png")
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def analyse(command: str, out: Path, *flags: Any) -> dict[str, Any]:
+    """Run a command that must succeed; its json."""
+    assert analyze.main([command, "--out", str(out), *map(str, flags), *FAST]) == 0
+    for file in out.glob("*.png"):
+        picture = np.asarray(Image.open(file).convert("L"))
+        assert min(picture.shape) > 150 and picture.std() > 5, f"{file.name} is empty"
+    return json.loads((out / f"{command}.json").read_text())
+
+
+def test_norms_of_two_models(toy: str, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    specs = [f"{toy},label=one", f"{toy},num_registers=0,r=[9,0,9],label=two"]
+    found = analyse("norms", out, "--models", *specs, "--data", photos, "--show", 2, "--outlier-rule", "sigma:1")
+    one, two = found["models"]
+    assert (one["label"], one["n_images"]) == ("one", 4)
+    assert set(one["stages"]) == {"input", "0", "1", "2", "final norm"}
+    assert set(one["stages"]["2"]) == {"patches", "class", "register 1", "register 2"}
+    assert set(two["stages"]["2"]) == {"patches", "class"}
+    assert one["outliers"]["shared"]["cut"] == two["outliers"]["shared"]["cut"] == one["outliers"]["sigma:1"]["cut"]
+    names = {"layers", "histogram", "kinds", "positions", "images"}
+    assert {file.stem for file in out.glob("*.png")} == {f"norms_{name}" for name in names}
+    values = np.load(out / "norms_one.npy")[:4]
+    cut = one["outliers"]["sigma:1"]["cut"]
+    assert one["outliers"]["sigma:1"]["share"] == pytest.approx((values > cut).mean())
+    assert one["outliers"]["sigma:1"]["token_share"] == pytest.approx((values > cut).mean(), abs=0.01)
+    assert one["stages"]["2"]["patches"]["mean"] == pytest.approx(values.mean(), rel=1e-5)
+    arrays = np.load(out / "norms_two.npz")
+    assert arrays["outlier_frequency"].shape == (8, 8)
+    assert arrays["patch_counts"].sum(axis=1).tolist() == [4 * 64, 4 * 55, 4 * 55, 4 * 46, 4 * 46]
+    assert found["run"]["models"][1]["tokens"] == [56, 56, 47]
+
+
+def test_labels_never_share_a_file(toy: str, photos: Path, tmp_path: Path) -> None:
+    found = analyse(
+        "norms", tmp_path / "out", "--models", toy, toy, f"{toy},label=a b", f"{toy},label=a_b", *one_of(photos)
+    )
+    assert len({row["label"] for row in found["models"]}) == 4
+    assert len(list((tmp_path / "out").glob("*.npz"))) == 4
+
+
+def one_of(photos: Path) -> list[str]:
+    return ["--data", str(photos), "--limit", "1", "--show", "0"]
+
+
+def test_no_outlier_is_null_in_json(toy: str, photos: Path, tmp_path: Path) -> None:
+    flags = ["--data", photos, "--limit", "1", "--outlier_rule", "abs:1000000"]
+    found = analyse("similarity", tmp_path / "out", "--models", toy, *flags)["models"][0]
+    assert found["neighbours"]["auc"] is None and found["cosines"]["outlier-outlier"] is None
+    assert "NaN" not in (tmp_path / "out" / "similarity.json").read_text()
+
+
+def test_weights_that_are_not_finite(
+    toy: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(toy.partition(":")[2])
+    weights = torch.load(file)["model"]
+    weights["blocks.1.mlp.fc2.bias"][3] = torch.nan
+    torch.save(weights, file)
+    assert analyze.main(["norms", "--models", toy, "--out", str(tmp_path / "out"), *one_of(photos), *FAST]) == 2
+    assert "tokens of stage 1 are not finite" in capsys.readouterr().err
+
+
+def test_norms_are_those_of_the_model(toy: str, photos: Path, tmp_path: Path) -> None:
+    found = analyse("norms", tmp_path / "out", "--models", toy, "--data", photos, "--show", 0)
+    own = analyze.build_parser().parse_args(["norms", "--models", toy, "--data", str(photos), "--out", "unused"])
+    loaded = inputs.load_models(own, FAST)[0]
+    with torch.no_grad():
+        tokens = [loaded.model(batch.images, trace=True).tokens for batch in inputs.Images(own, loaded)]
+    lengths = torch.cat(tokens).norm(dim=-1)
+    final = found["models"][0]["stages"]["final norm"]
+    assert final["patches"]["mean"] == pytest.approx(float(lengths[:, 3:].mean()), rel=1e-5)
+    assert final["class"]["mean"] == pytest.approx(float(lengths[:, 0].mean()), rel=1e-5)
+    assert final["register 2"]["max"] == pytest.approx(float(lengths[:, 2].max()), rel=1e-5)
+
+
+def test_attention_with_merging_and_at_another_size(toy: str, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--r", "9", "--input_size", "40", "--show", "2", "--patches", "0,0;9,9", "--batch_size", "3"]
+    found = analyse("attention", out, "--models", f"{toy},label=a", f"{toy},r=0,label=b", "--data", photos, *flags)
+    table = found["models"][0]["per_block"]
+    assert list(table) == ["class", "register 1", "register 2", "mean of patches"]
+    assert found["models"][0]["n_images"] == 4
+    for kind in table.values():
+        masses = np.array([kind[name] for name in ("class", "registers", "patches")])
+        np.testing.assert_allclose(masses.sum(axis=0), 1, atol=1e-5)
+        assert (np.array(kind["entropy"]) <= 1 + 1e-6).all()
+    arrays = np.load(out / "attention_a.npz")
+    assert arrays["maps"].shape == (2, 3, 4, 10, 10)
+    assert arrays["patch_maps"].shape == (2, 3, 2, 10, 10)
+    assert arrays["layer_maps"].shape == (2, 3, 10, 10)
+    assert (out / "attention_compare.png").is_file() and (out / "attention_heads_b.png").is_file()
+
+
+def test_splitting_batches_changes_no_number(
+    toy: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = analyse("attention", tmp_path / "a", "--models", toy, "--data", photos, "--show", 0)
+    monkeypatch.setattr("run._analyze_attention.MAP_BYTES", 1)  # one image at a time
+    parts = analyse("attention", tmp_path / "b", "--models", toy, "--data", photos, "--show", 0)
+    for kind, metrics in whole["models"][0]["per_block"].items():
+        for name, values in metrics.items():
+            assert parts["models"][0]["per_block"][kind][name] == pytest.approx(values, rel=1e-4)
+
+
+def test_similarity_on_a_data_set_of_ours(toy: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--dataset", "DIGITS", "--limit", "7", "--outlier_rule", "sigma:1"]
+    found = analyse("similarity", out, "--models", f"{toy},r=5,label=a", *flags)["models"][0]
+    assert found["n_images"] == 7
+    pairs = found["neighbours"]["normal_pairs"] + found["neighbours"]["outlier_pairs"]
+    assert pairs == 7 * 4 * 8 * 7
+    assert -1 <= found["cosines"]["outlier-normal"] <= 1
+    assert found["map_kinds"] == ["class", "register 1", "register 2"]
+    assert np.diag(np.array(found["map_cosines"])) == pytest.approx(1, abs=1e-5)
+    assert np.array(found["cka"]).shape == (5, 5) and found["stages"][-1] == "final norm"
+    assert {file.stem.split("_")[1] for file in out.glob("*.png")} == {"neighbours", "outliers", "layers", "maps"}
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """Four images of different sizes with a bright object each, in the layout of a plain folder."""
+    random = np.random.default_rng(0)
+    for index in range(4):
+        image = random.integers(0, 40, (30 + 3 * index, 44 - index, 3), dtype=np.uint8)
+        image[8:20, 12:28] += 180
+        (tmp_path / "voc" / "images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "voc" / "images" / f"{index}.png")
+        write_annotation(tmp_path / "voc" / "annotations" / f"{index}.xml", (13, 9, 28, 20, 0, index % 2))
+    return tmp_path / "voc"
+
+
+@pytest.mark.parametrize("view", ["pred", "fms", "seed"])
+def test_lost_at_native_resolution(toy: str, voc: Path, tmp_path: Path, view: str) -> None:
+    out = tmp_path / "out"
+    specs = ["--models", f"{toy},label=a", f"{toy},r=9,label=b"]
+    found = analyse("lost", out, *specs, "--voc", voc, "--visualize", view, "--show", 2, "--no-hard")
+    assert [row["n_images"] for row in found["models"]] == [2, 2]
+    boxes = json.loads((out / "preds.json").read_text())["a"]
+    overlaps = np.array([box["iou"] for box in boxes])
+    assert found["models"][0]["corloc"] == pytest.approx(100 * (overlaps >= 0.5).mean())
+    for box, (height, width) in zip(boxes, ((30, 44), (36, 42)), strict=True):
+        x1, y1, x2, y2 = box["box"]
+        assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+    assert (out / f"lost_{view}.png").is_file()
+
+
+def test_lost_sweep_says_that_it_flatters(toy: str, voc: Path, tmp_path: Path) -> None:
+    flags = ["--sweep", "--visualize", "none", "--preset", "regs-small-vits", "--bias", "-0.3"]
+    found = analyse("lost", tmp_path / "out", "--models", toy, "--voc", voc, *flags)
+    expected = {"feat": "v", "layer": -1, "k": 100, "center": True, "normalize": True, "bias": -0.3}
+    assert found["setting"] == expected
+    row = found["models"][0]
+    assert len(row["sweep"]) == 3 * 3 * 11  # the toy has three blocks
+    assert row["sweep_best"]["corloc"] == max(entry["corloc"] for entry in row["sweep"])
+    assert "flatters" in row["sweep_note"]
+
+
+def test_lost_without_boxes_draws_only(toy: str, photos: Path, tmp_path: Path) -> None:
+    found = analyse("lost", tmp_path / "out", "--models", toy, "--data", photos, "--limit", "3", "--show", "2")
+    assert found["models"][0]["corloc"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "flags"),
+    [
+        ("deit_small", None, ("--model", "deit_small")),
+        ("deit_small:a/b.pth", None, ("--model", "deit_small", "--finetune", "a/b.pth")),
+        ("x:https://h/w.pth,label=a b", "a b", ("--model", "x", "--finetune", "https://h/w.pth")),
+        ("x,registers=4,r=(16,-1)", None, ("--model", "x", "--num_registers=4", "--r=(16,-1)")),
+        ("x,r=[16,0,8],prop-attn=false", None, ("--model", "x", "--r=[16,0,8]", "--no_prop_attn")),
+    ],
+)
+def test_specs(text: str, label: str | None, flags: tuple[str, ...]) -> None:
+    spec = inputs.parse_spec(text)
+    assert (spec.label, spec.flags) == (label, flags)
+
+
+@pytest.mark.parametrize("text", ["", ":w.pth", "label=x", "deit_small,r", "deit_small,r=", "deit_small,,r=1"])
+def test_specs_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="--models"):
+        inputs.parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "PHOTOS"], "no model"),
+        (["--models", "TOY", "--model", "deit_tiny", "--data", "PHOTOS"], "either --models or"),
+        (["--models", "TOY"], "no images: give --data"),
+        (["--models", "TOY", "--data", "nowhere"], "not a folder"),
+        (["--models", "TOY", "--data", "PHOTOS", "--dataset", "DIGITS"], "not both"),
+        (["--models", "TOY", "--data", "PHOTOS", "--epochs", "3"], "--epochs has no effect"),
+        (["--models", "TOY", "--data", "PHOTOS", "--layre", "3"], "unknown flag --layre"),
+        (["--models", "TOY", "--data", "PHOTOS", "--layer", "3"], "blocks 0..2"),
+        (["--models", "TOY,rr=3", "--data", "PHOTOS"], "unknown flag --rr"),
+        (["--models", "TOY", "--data", "PHOTOS", "--outlier_rule", "big"], "outlier"),
+        (["--models", "deit_digitz:TOY", "--data", "PHOTOS"], "."),
+        (["--models", "TOY,merge=mctf", "--data", "PHOTOS"], "give --r"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    toy: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    filled = [flag.replace("TOY", toy).replace("PHOTOS", str(photos)) for flag in flags]
+    assert analyze.main(["norms", "--out", str(tmp_path / "out"), *filled, *FAST]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("analyze.py: error: ") and message in error[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --voc"),
+        (["--voc", "VOC", "--input_size", "64"], "--input_size has no effect"),
+        (["--voc", "VOC", "--year", "2007"], "no VOC2007"),
+        (["--voc", "VOC", "--head", "3"], "heads 0..2"),
+        (["--voc", "VOC", "--k_patches", "0"], "at least 1"),
+        (["--data", "VOC", "--no_hard"], "need boxes"),
+    ],
+)
+def test_mistakes_of_lost(
+    toy: str, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    filled = [flag.replace("VOC", str(voc)) if flag == "VOC" else flag for flag in flags]
+    assert analyze.main(["lost", "--models", toy, "--out", str(tmp_path / "out"), *filled, *FAST]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert analyze.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("norms", "attention", "similarity", "lost"):
+        assert command in text
+        assert analyze.main([command, "--help"]) == 0
+        assert "--models" in capsys.readouterr().out

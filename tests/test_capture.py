@@ -1,0 +1,141 @@
+"""The view of the instruments is the forward itself: same tokens, same groups, same attention."""
+
+import ast
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from models import MergeConfig, MergingViT, UserError, apply_merging
+from models.blocks import join_heads, project_out
+from models.capture import allow_any_size, attention, final, patch_grid, qkv, to_grid, token_kinds, walk
+
+TOY: dict[str, Any] = dict(image_size=32, patch_size=4, num_classes=5, dim=24, depth=4, heads=3, mlp_dim=48)
+CASES = {
+    "plain": dict(num_registers=0),
+    "registers": dict(num_registers=4, r=5),
+    "late": dict(num_registers=3, register_layer=2, class_layer=1, r=4),
+    "distilled": dict(num_registers=2, distilled=True, r=6),
+    "mctf": dict(num_registers=1, merge=MergeConfig(method="mctf", r=7)),
+    "mctf off": dict(num_registers=1, merge=MergeConfig(method="mctf", r=7, one_step_ahead="off")),
+    "mctf precise": dict(num_registers=1, merge=MergeConfig(method="mctf", r=7, one_step_ahead="precise")),
+    "lgtm": dict(num_registers=2, merge=MergeConfig(method="lgtm", r=4, dense_layers=1, global_layer=2)),
+    "no prefix": dict(num_registers=0, r=5, class_token=False, global_pool="avg"),
+}
+
+
+def make(name: str) -> tuple[MergingViT, torch.Tensor]:
+    torch.manual_seed(0)
+    model = MergingViT(**TOY, **CASES[name]).eval()
+    for parameter in model.parameters():  # fresh weights are so small that nothing would depend on attention
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model, torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_walk_ends_where_the_forward_does(name: str) -> None:
+    model, images = make(name)
+    layers = list(walk(model, images))
+    with torch.no_grad():
+        out = model(images, trace=True)
+    assert torch.equal(final(model, layers[-1]), out.tokens)
+    assert torch.equal(layers[-1].size_out, out.size)
+    assert [layer.x_out.shape[1] for layer in layers] == list(out.counts)
+    for layer, group in zip(layers, out.groups, strict=True):
+        assert torch.equal(layer.group_out, group)
+        assert len(layer.kinds) == layer.prefix
+        assert layer.x_in.shape[1] - layer.prefix == int(layer.group_in.max()) + 1
+    for before, after in itertools.pairwise(layers):
+        assert torch.equal(before.group_out, after.group_in)
+        assert torch.equal(before.x_out[:, before.prefix :], after.x_in[:, after.prefix :])
+
+
+@pytest.mark.parametrize("name", ["registers", "late", "mctf off"])
+def test_the_map_is_the_one_the_block_attends_with(name: str) -> None:
+    model, images = make(name)
+    for layer in walk(model, images):
+        block, maps = layer.block, attention(layer)
+        torch.testing.assert_close(maps.sum(dim=-1), torch.ones(maps.shape[:3]))
+        normed = block.norm1(layer.x_in)
+        fused = project_out(block.attn, normed, join_heads(maps @ qkv(layer)[2]))
+        if layer.step is None:
+            x = layer.x_in + fused
+            torch.testing.assert_close(x + block.mlp(block.norm2(x)), layer.x_out, atol=1e-4, rtol=1e-4)
+        if (layer.size_in > 1).any():
+            assert layer.bias is not None and layer.bias.max() > 0  # it counts merged tokens by their size
+        plain = block.attn(normed) if layer.bias is None else block.attn(normed, attn_mask=layer.bias)
+        torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_a_walk_leaves_gradients_and_schedule_alone() -> None:
+    model, images = make("registers")
+    for layer in walk(model, images, r=0):
+        assert torch.is_grad_enabled() and not layer.x_out.requires_grad
+        assert layer.x_out.shape[1] == 64 + 5
+    assert list(walk(model, images))[-1].x_out.shape[1] == 64 + 5 - 4 * 5
+
+
+def test_values_go_back_to_their_patches() -> None:
+    group = torch.tensor([[0, 1, 1, 2, 0, 2], [0, 0, 0, 0, 0, 1]])
+    values = torch.tensor([[[1.0, 10], [2, 20], [3, 30]], [[4, 40], [5, 50], [6, 60]]])
+    grid = to_grid(values, group, (2, 3))
+    assert grid.shape == (2, 2, 3, 2)
+    assert grid[0, :, :, 0].tolist() == [[1, 2, 2], [3, 1, 3]]
+    assert grid[1, :, :, 1].tolist() == [[40, 40, 40], [40, 40, 50]]
+    assert to_grid(values[..., 0], torch.zeros(2, 4, dtype=torch.long)).shape == (2, 2, 2)
+    with pytest.raises(UserError, match="name the grid"):
+        to_grid(values, group)
+
+
+def test_names_of_prefix_tokens() -> None:
+    model = make("late")[0]
+    assert token_kinds(model) == ("class", "register 1", "register 2", "register 3")
+    assert [len(token_kinds(model, layer)) for layer in range(4)] == [0, 1, 4, 4]
+    assert token_kinds(make("distilled")[0])[:3] == ("class", "distillation", "register 1")
+    assert token_kinds(make("no prefix")[0]) == ()
+
+
+def test_any_size_is_timms_dynamic_size_and_changes_nothing_at_the_own_size() -> None:
+    torch.manual_seed(0)
+    vit = dict(img_size=32, patch_size=4, num_classes=5, embed_dim=24, depth=2, num_heads=3)
+    fixed, dynamic = VisionTransformer(**vit), VisionTransformer(**vit, dynamic_img_size=True, dynamic_img_pad=True)
+    dynamic.load_state_dict(fixed.state_dict())
+    model = apply_merging(fixed, MergeConfig(method="none")).eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = model(images)
+    allow_any_size(model)
+    assert torch.equal(model(images), before)
+    odd = torch.randn(1, 3, 41, 30)  # padded to 44 x 32
+    assert patch_grid(model, odd) == (11, 8)
+    torch.testing.assert_close(model(odd), dynamic.eval()(odd))
+    assert next(iter(walk(model, odd))).grid == (11, 8)
+    fixed.eval()(images)
+    with pytest.raises(AssertionError):
+        fixed(odd)  # the model it was made from stays as it was
+
+
+CORE = "__init__ blocks checkpoint criteria errors gmacs merging parameters registry schedule vit".split()
+INSTRUMENTS = "analysis capture charts log_images lost probes register_dynamics report test_time_registers".split()
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of models/ and run/ that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_the_core_imports_no_instrument(repo: Path) -> None:
+    core = [repo / "models" / f"{name}.py" for name in CORE]
+    core += [repo / f"{name}.py" for name in ("losses", "datasets", "utils")]
+    for file in core:
+        found = imported(file)
+        assert not found & {f"models.{name}" for name in INSTRUMENTS}, file.name
+        assert not any(name.split(".")[0] in ("run", "matplotlib") for name in found), file.name
