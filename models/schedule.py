@@ -249,10 +249,9 @@ def _parse_text(text: str) -> Schedule:
             # one trailing comma makes a list of a single number
             return _counts([_number(item) for item in (items[:-1] if items[-1].strip() == "" else items)])
         return parse_schedule(_number(body))
-    except UserError:
-        raise
-    except (ValueError, OverflowError):
-        raise UserError(f"cannot read r={text!r}; write 16, 0.35, 16,0,8 or (16,-1)") from None
+    except (ValueError, OverflowError) as error:
+        why = f" ({error})" if isinstance(error, UserError) else ""
+        raise UserError(f"cannot read r={text!r}{why}; write 16, 0.35, 16,0,8 or (16,-1)") from None
 
 
 def _counts(r: Sequence[Any]) -> tuple[int, ...]:
