@@ -30,6 +30,7 @@ from datasets import (
     build_data,
     build_eval_loader,
     build_train_loader,
+    unnormalise,
 )
 from engine import (
     BadImages,
@@ -304,6 +305,9 @@ def _run_flags(parser: Parser) -> None:
     group.add_argument("--save_every", type=positive, default=1, metavar="EPOCHS")
     group.add_argument("--save_every_steps", type=count, default=0, metavar="UPDATES", help="0: at epoch ends only")
     group.add_argument("--log_every", type=positive, default=10, metavar="UPDATES")
+    group.add_argument(
+        "--log_images", type=count, default=0, metavar="EPOCHS", help="norms, attention, merged tokens to tensorboard"
+    )
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
@@ -436,6 +440,8 @@ def _check_rules(args: Namespace) -> None:
     for flag, given in only_eval.items():
         if given and not args.eval:
             raise UserError(f"{flag} has no effect without --eval; add it or leave {flag} out")
+    if args.log_images and (args.eval or not args.output_dir):
+        raise UserError("--log_images writes tensorboard events in training: it needs --output_dir and no --eval")
     if args.sam_adaptive and not args.sam_rho:
         raise UserError("--sam_adaptive has no effect without --sam_rho; give --sam_rho 2.0")
     if args.save_every_steps and not args.output_dir:
@@ -867,6 +873,8 @@ class Run:
             self.scheduler.step(self.epoch + 1, raw.acc1)
         if self.dist.is_main:
             self._log_epoch(line)
+        if self.dist.is_main and self.args.log_images and (self.epoch + 1) % self.args.log_images == 0:
+            self._log_images()
         better = chosen.acc1 > self.best
         self.best = max(self.best, chosen.acc1)
         self.epoch, self.step, self.epoch_log, self.seconds = (
@@ -896,6 +904,16 @@ class Run:
         self.writer.flush()
         if self.folder is not None:
             append_json_line(self.folder / "log.txt", line)
+
+    def _log_images(self) -> None:
+        """Norms, attention and merged tokens of a few validation images."""
+        from models.log_images import log_images  # an instrument: who does not ask for it does not load it
+
+        val = self.data.val
+        images = torch.stack([val[i].image for i in range(0, len(val), math.ceil(len(val) / 4))])
+        looks = unnormalise(images, self.data.config)
+        log_images(self.module, images.to(self.dist.device), looks, self.writer, self.epoch)
+        self.writer.flush()
 
     def _save_best(self) -> None:
         """best.pth holds the weights that were judged: the average where there is one."""

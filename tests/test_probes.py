@@ -1,0 +1,246 @@
+"""Probes: targets, least squares, splits, matching, tokens drawn, and the two commands."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import run.analyze as analyze
+from models import MergeConfig, UserError
+from models import probes as P
+from models.capture import walk
+from models.registry import OWN_SIZES
+
+TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
+
+
+def test_targets_are_the_pixels_of_a_patch_in_row_column_channel_order() -> None:
+    images = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).float()
+    targets = P.patch_targets(images, (4, 6))
+    assert targets.shape == (2, 4, 4 * 6 * 3)
+    patch = targets[1, 3].view(4, 6, 3)  # second row, second column of patches
+    for p, q, c in ((0, 0, 0), (3, 5, 2), (1, 4, 1)):
+        assert patch[p, q, c] == images[1, c, 4 + p, 6 + q]
+
+
+def test_fold_inverts_unfold() -> None:
+    images = tiny.images(2, (24, 40))
+    assert torch.equal(P.fold_targets(P.patch_targets(images, (8, 4)), (8, 4), (3, 10)), images)
+
+
+def test_standardised_targets_and_a_constant_image() -> None:
+    targets = P.patch_targets(tiny.images(), (8, 8), standardise=True)
+    torch.testing.assert_close(targets.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(targets.var(-1), torch.ones(2, 16), atol=1e-4, rtol=0)
+    flat = torch.full((1, 3, 16, 16), 0.7)
+    assert (P.patch_targets(flat, (8, 8), standardise=True).abs() < 1e-3).all()
+    assert (P.contrast(flat, (8, 8)) == P.contrast(flat, (8, 8)).min()).all()
+
+
+def store_of(tmp_path: Path, images: int = 24, channels: int = 6) -> tuple[P.Store, torch.Tensor]:
+    """Features of which the pixels (2 x 2 patches of 4 x 4 images) are a linear function."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(images, 4, channels, generator=generator).half().float()
+    weight = torch.randn(channels, 12, generator=generator)
+    pictures = P.fold_targets(features @ weight + 0.5, (2, 2), (2, 2))
+    store = P.Store(tmp_path, images, (4, channels), (4, 4))
+    for part in range(0, images, 7):
+        norms = torch.arange(part, min(part + 7, images)).float().unsqueeze(1).expand(-1, 4)
+        store.add(features[part : part + 7], pictures[part : part + 7], norms)
+    return store, weight
+
+
+def target(images: torch.Tensor) -> torch.Tensor:
+    return P.patch_targets(images, (2, 2))
+
+
+def test_least_squares_finds_a_linear_map_and_leaves_no_error(tmp_path: Path) -> None:
+    store, weight = store_of(tmp_path)
+    assert len(store) == 24 and store.norms[:, 0].tolist() == list(range(24))
+    folds = P.Folds.alternate(24)
+    probe = P.fit_linear(store, folds, target, batch=5)
+    torch.testing.assert_close(probe.weight.T, weight, atol=5e-3, rtol=0)
+    _, x, images = next(store.batches(folds.test, 50))
+    assert float((probe(x) - target(images)).detach().square().mean()) < 1e-5
+    mean = P.mean_target(store, folds, target, batch=5)
+    torch.testing.assert_close(mean, target(store.read(folds.fit)[1]).mean(dim=(0, 1)))
+
+
+def test_least_squares_is_numpys(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(50, 4)), generator.normal(size=(50, 3))
+    equations = P.LeastSquares(4, 3)
+    for part in np.array_split(np.arange(50), 4):
+        equations.add(torch.tensor(x[part]), torch.tensor(y[part]))
+    probe = equations.solve(ridge=0)
+    expected, *_ = np.linalg.lstsq(np.column_stack((x, np.ones(50))), y, rcond=None)
+    np.testing.assert_allclose(probe.weight.detach().T, expected[:4], atol=1e-5)
+    np.testing.assert_allclose(probe.bias.detach(), expected[4], atol=1e-5)
+
+
+def test_a_trained_probe_learns_and_keeps_its_best_weights(tmp_path: Path) -> None:
+    store, _ = store_of(tmp_path)
+    folds = P.Folds.alternate(24)
+    torch.manual_seed(0)
+    probe = P.mlp_probe(6, 12)
+    square = lambda y, images: (y - target(images)).square().mean()  # noqa: E731
+    before = P._mean_loss(probe, store, folds.stop, square, 64)
+    lines: list[str] = []
+    P.train_probe(probe, store, folds, square, epochs=300, patience=20, batch=4, report=lines.append)
+    after = P._mean_loss(probe, store, folds.stop, square, 64)
+    assert after < 0.5 * before
+    assert after == pytest.approx(min(float(line.split()[3]) for line in lines), abs=1e-4)
+
+
+def test_folds_do_not_overlap() -> None:
+    folds = P.Folds.alternate(25)
+    everything = [*folds.fit, *folds.stop, *folds.test]
+    assert sorted(everything) == list(range(25)) and folds.stop and len(folds.test) == 12
+    with pytest.raises(UserError, match="at least 8"):
+        P.Folds.alternate(7)
+
+
+def test_split_means_recombine_to_the_total() -> None:
+    generator = torch.Generator().manual_seed(0)
+    errors, outlier = torch.rand(9, 16, generator=generator), torch.rand(9, 16, generator=generator) > 0.8
+    split = P.Split()
+    split.add(errors[:4], outlier[:4])
+    split.add(errors[4:], outlier[4:])
+    found = split.summary(draws=200)
+    assert found["outlier"] == pytest.approx(float(errors[outlier].mean()))  # over patches, not over images
+    assert found["normal"] == pytest.approx(float(errors[~outlier].mean()))
+    k, n = found["outlier_patches"], found["normal_patches"]
+    assert found["all"] == pytest.approx((k * found["outlier"] + n * found["normal"]) / (k + n))
+    assert found["all"] == pytest.approx(float(errors.mean()))
+    low, high = found["ratio_ci95"]
+    assert low < found["ratio"] < high
+
+
+def test_interval_resamples_images_not_patches() -> None:
+    """Images that agree inside and differ among each other: the interval is that of ten numbers."""
+    errors = torch.arange(10.0).unsqueeze(1).expand(10, 400)
+    split = P.Split()
+    split.add(errors, torch.zeros(10, 400, dtype=torch.bool))
+    low, high = split.summary()["normal_ci95"]
+    assert 2.0 < low < 3.5 and 5.5 < high < 7.0  # 4.5 +- 1.96 * 2.87 / sqrt(10)
+
+
+def test_nearest_normal_patch_by_hand() -> None:
+    prop = torch.tensor([1.0, 5.0, 2.0, 9.0, 4.9])
+    outlier = torch.tensor([True, True, False, False, False])
+    first, second = P.nearest_normal(prop, outlier)
+    assert first.tolist() == [0, 1] and second.tolist() == [2, 4]
+    assert len(P.nearest_normal(prop, ~torch.zeros(5, dtype=torch.bool))[0]) == 0
+    matched = P.Matched()
+    matched.add(torch.tensor([[4.0, 6.0, 1.0, 9.0, 4.0]]), outlier[None], prop[None])
+    found = matched.summary(draws=20)
+    assert (found["pairs"], found["outlier"], found["matched_normal"], found["ratio"]) == (2, 5.0, 2.5, 2.0)
+    assert P.Matched().summary() == {"pairs": 0}
+
+
+def test_cell_distance() -> None:
+    assert P.cell_distance(torch.tensor([[0, 0, 5, 0, 0, 0]]), (2, 3))[0].tolist() == [0, 1, 1, 1, 2**0.5, 5**0.5]
+
+
+@pytest.mark.parametrize("text", ["", "raw", "layer", "layer:x"])
+def test_unknown_features_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="prenorm"):
+        P.Feature.parse(text)
+
+
+def test_features_are_those_of_the_token_a_patch_is_in() -> None:
+    model, images = tiny.ours(MergeConfig(r=4), num_registers=2), tiny.images()
+    out = model(images, trace=True)
+    features, norms = P.patch_features(model, images, P.Feature("postnorm"))
+    for b in range(2):
+        for patch in range(16):
+            torch.testing.assert_close(features[b, patch], out.tokens[b, 3 + out.group[b, patch]])
+    *_, last = walk(model, images)
+    assert norms[0, 5] == pytest.approx(float(last.x_out[0, 3 + out.group[0, 5]].norm()))
+    prenorm, _ = P.patch_features(model, images, P.Feature())
+    torch.testing.assert_close(prenorm.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
+
+
+def test_tokens_are_drawn_from_their_kind() -> None:
+    model, images = tiny.ours(num_registers=2), tiny.images(6)
+    *_, last = walk(model, images)
+    norms, tokens = last.x_out[:, 3:].norm(dim=-1), model.norm(last.x_out)
+    cut = float(norms.flatten().sort().values[-9])  # eight outliers
+    bank = P.TokenBank(draws=4)
+    bank.add(model, images[:4], torch.arange(4), cut)
+    bank.add(model, images[4:], torch.arange(2), cut)
+    assert bank.kinds[:3] == ["class", "register 1", "register 2"] and "mean of registers" in bank.kinds
+    torch.testing.assert_close(torch.tensor(bank.tokens("class", 3)), tokens[:, 0])
+    covered = (norms > cut).any(1)
+    assert bank.covered.tolist() == covered.tolist()
+    for kind, flags in (("outlier patch", norms > cut), ("normal patch", norms <= cut)):
+        for draw in range(4):
+            for b, token in enumerate(torch.tensor(bank.tokens(kind, draw))):
+                same = [(token - tokens[b, 3 + i]).abs().max() < 1e-5 for i in range(16)]
+                assert any(s and f for s, f in zip(same, flags[b], strict=True)) == bool(flags[b].any())
+    assert bank.labels.tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_probes_of_the_class_read_what_is_there() -> None:
+    generator = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    x = generator.normal(size=(120, 5)) + 6 * np.eye(5)[y]
+    accuracy, strength = P.logistic_accuracy(x[:60], y[:60], x[60:], y[60:], 0, (0.01, 1.0))
+    assert accuracy > 95 and strength in (0.01, 1.0)
+    assert P.knn_accuracy(x[:60], y[:60], x[60:], y[60:], 5) > 95
+    shuffled = generator.permutation(y)
+    assert P.logistic_accuracy(x[:60], shuffled[:60], x[60:], shuffled[60:], 0, (1.0,))[0] < 65
+
+
+# The commands
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setitem(OWN_SIZES, "deit_digits", TOY)
+    return ["--model", "deit_digits", "--dataset", "DIGITS", "--device", "cpu", "--num_registers", "2"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--probe", "mlp", "--feat", "layer:1", "--target", "standardised", "--r", "2"]])
+def test_reconstruction(toy: list[str], flags: list[str], tmp_path: Path) -> None:
+    words = ["reconstruction", *toy, *flags, "--limit", "40", "--epochs", "2", "--show", "2", "--out", str(tmp_path)]
+    assert analyze.main([*words, "--outlier_rule", "quantile:0.9"]) == 0
+    (row,) = json.loads((tmp_path / "reconstruction.json").read_text())["models"]
+    assert row["n_fit"] + row["n_stop"] + row["n_test"] == 40
+    assert row["mse"]["images"] == 20 and row["mse"]["outlier_patches"] > 0
+    assert row["explained"]["all"] == pytest.approx(1 - row["mse"]["all"] / row["mse_of_mean_patch"]["all"])
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".npz", ".png"}
+
+
+def test_probes(toy: list[str], tmp_path: Path) -> None:
+    words = ["probes", *toy, "--limit", "120", "--draws", "2", "--C", "0.1", "--out", str(tmp_path)]
+    assert analyze.main([*words, "--outlier_rule", "quantile:0.8"]) == 0
+    (row,) = json.loads((tmp_path / "probes.json").read_text())["models"]
+    kinds = {"class", "register 1", "register 2", "mean of registers", "mean of patches"}
+    assert set(row["kinds"]) == kinds | {"normal patch", "outlier patch"}
+    assert row["kinds"]["mean of patches"]["linear"] > 30  # an untrained model keeps much of a digit
+    assert row["kinds"]["class"]["linear_std"] == 0 and row["classes"] == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["reconstruction", "--feat", "all"], "--feat"),
+        (["reconstruction", "--feat", "layer:7"], "0..2"),
+        (["reconstruction", "--outlier_layer", "7"], "--outlier_layer"),
+        (["reconstruction", "--limit", "5"], "at least 8"),
+        (["reconstruction", "--epochs", "0"], "--epochs"),
+        (["probes", "--draws", "0"], "--draws"),
+        (["probes", "--outlier_rule", "abs:1000000", "--limit", "20"], "outlier"),
+        (["probes", "--data", "folder"], "--dataset"),
+    ],
+)
+def test_mistakes_are_one_line(
+    toy: list[str], flags: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analyze.main([flags[0], *toy, *flags[1:], "--out", str(tmp_path / "o")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("analyze.py: error: ") and reason in err

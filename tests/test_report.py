@@ -1,0 +1,219 @@
+"""The HTML page: complete, self-contained, safe; the command that fills it; pictures logged in training."""
+
+import base64
+import io
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import tiny
+import torch
+from PIL import Image
+
+import run.analyze as analyze
+from models import MergeConfig
+from models.log_images import GAP, log_images
+from models.registry import OWN_SIZES
+from models.report import Picture, Section, Table, lookup, render, rounded, show
+from run._inputs import main_args, specs_of
+
+TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
+
+
+def png(width: int = 12) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, 5), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+class Page(HTMLParser):
+    """Tags with their attributes; open tags must be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, Any]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def self_contained(text: str) -> Page:
+    """The page, after checking that it loads nothing."""
+    page = Page(text)
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    assert not page.all("link") and not any("src" in attributes for attributes in page.all("script"))
+    without_pictures = re.sub(r"data:image/png;base64,[\w+/=]+", "", text)
+    assert not re.search(r"https?://|url\(|@import", without_pictures)
+    anchors = {a["href"][1:] for a in page.all("a")}
+    assert anchors == {section["id"] for section in page.all("section")}
+    return page
+
+
+def test_page_holds_everything_and_nothing_else() -> None:
+    table = Table(("a", "b"), (("x<y", 0.123456), (None, 2)), "cap & tion")
+    sections = [
+        Section("one", "First <b>", "text", (table,), (Picture(png(), 'a "picture"'),), raw={"v": [1.0, float("nan")]}),
+        Section("two", "Second", "text", problem="no <data>", command="python x.py --a 'b c'"),
+    ]
+    text = render("Title & more", "sub", sections, "foot")
+    page = self_contained(text)
+    (image,) = page.all("img")
+    assert base64.b64decode(image["src"].split(",")[1]) == png() and image["alt"] == 'a "picture"'
+    for shown in (
+        "First &lt;b&gt;",
+        "x&lt;y",
+        "0.1235",
+        "no &lt;data&gt;",
+        "Title &amp; more",
+        "cap &amp; tion",
+        "foot",
+    ):
+        assert shown in text
+    assert len(page.all("tr")) == 3 and text.count("<td class=n>") == 2  # only the second column is numbers
+    raw = re.search(r"<pre>(.*?)</pre>", text, re.S)
+    assert raw and json.loads(raw[1].replace("&quot;", '"')) == {"v": [1.0, "nan"]}
+
+
+def test_small_things() -> None:
+    assert [show(v) for v in (None, float("nan"), 0.123456, 12, "x", 1e9)] == [
+        "-",
+        "-",
+        "0.1235",
+        "12",
+        "x",
+        "1.000e+09",
+    ]
+    assert lookup({"a": {"b": 1}}, "a/b") == 1 and lookup({"a": 1}, "a/b") is None and lookup({}, "x") is None
+    assert rounded({1: (0.123456789, "x")}) == {"1": [0.123457, "x"]}
+    assert Picture(png(40), "").width == 40
+    with pytest.raises(ValueError, match="PNG"):
+        Picture(b"GIF89a", "")
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setitem(OWN_SIZES, "deit_digits", TOY)
+    return ["--dataset", "DIGITS", "--limit", "16", "--device", "cpu"]
+
+
+def test_report_on_two_models(toy: list[str], tmp_path: Path) -> None:
+    words = ["report", "--models", "deit_digits,label=plain", "deit_digits,registers=2,r=4,label=merged", *toy]
+    sections = ["norms", "merged", "lost", "dynamics", "ttr", "probes", "similarity"]
+    assert analyze.main([*words, "--sections", *sections, "--show", "2", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    page = self_contained(text)
+    assert [section["id"] for section in page.all("section")] == ["models", *sections]
+    pictures = {base64.b64encode(file.read_bytes()).decode() for file in tmp_path.glob("*/*.png")}
+    shown = {image["src"].split(",")[1] for image in page.all("img")}
+    assert shown == pictures and len(shown) >= 6
+    assert "Not shown: " in text and "--limit" in text  # lost has no images of DIGITS; that does not end the report
+    assert "unprotected" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--models", "deit_digits", "deit_digits,r=2", "deit_digits,r=4"], "one or two"),
+        (["--model", "deit_digits", "--show", "0"], "--show"),
+        (["--model", "deit_digits", "--sections", "nothing"], "nothing"),
+        (["--model", "nomodel"], "nomodel"),
+    ],
+)
+def test_mistakes_are_one_line(
+    toy: list[str], flags: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analyze.main(["report", *flags, *toy, "--out", str(tmp_path / "o")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("analyze.py: error: ") and reason in err
+
+
+# Pictures in training
+
+
+class Recorder:
+    """What a SummaryWriter would get."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, float] = {}
+        self.histograms: dict[str, np.ndarray] = {}
+        self.pictures: dict[str, np.ndarray] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars[name] = value
+
+    def add_histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        self.histograms[name] = values
+
+    def add_image(self, name: str, picture: np.ndarray, step: int, dataformats: str) -> None:
+        assert dataformats == "HWC"
+        self.pictures[name] = picture
+
+
+@pytest.mark.parametrize(("registers", "merge"), [(0, None), (2, MergeConfig(r=4)), (1, MergeConfig("mctf", r=2))])
+def test_logged_pictures(registers: int, merge: MergeConfig | None) -> None:
+    model, images, writer = tiny.ours(merge, num_registers=registers, drop_path_rate=0.5), tiny.images(3), Recorder()
+    model.train()
+    state = torch.get_rng_state()
+    log_images(model, images, images.clamp(0, 1), writer, 7)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    side, panels = 224, 3 + 1 + registers  # input, merged, norms, and each prefix token's attention
+    assert writer.pictures["pictures"].shape == (3 * side + 2 * GAP, panels * side + (panels - 1) * GAP, 3)
+    assert writer.pictures["pictures"].dtype == np.uint8
+    left = model.plan().counts[-1] - 1 - registers
+    assert writer.histograms["norms/block_2/patches"].shape == (3, left)
+    assert len(writer.scalars) == 3 * (1 + registers)
+
+
+def test_training_logs_pictures_every_k_epochs_and_nothing_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with runs.toy_model():
+        words = runs.digits("--r", 4, "--num_registers", 2, "--epochs", 3, "--device", "cpu")
+        runs.succeeds(capsys, [*words, "--output_dir", str(tmp_path / "a"), "--log_images", "2"])
+        runs.succeeds(capsys, [*words, "--output_dir", str(tmp_path / "b")])
+    runs.same_run(tmp_path / "a", tmp_path / "b")
+    steps = set()
+    for file in (tmp_path / "a").glob("events*"):
+        content = file.read_bytes()
+        steps |= {tag for tag in (b"pictures", b"norms/block_2/patches", b"norms/register_1/block_0") if tag in content}
+    assert len(steps) == 3
+    assert not any(b"pictures" in file.read_bytes() for file in (tmp_path / "b").glob("events*"))
+
+
+@pytest.mark.parametrize("flags", [["--log_images", "1"], ["--log_images", "1", "--eval", "--output_dir", "o"]])
+def test_logging_pictures_to_nowhere_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--log_images" in runs.refusal(capsys, runs.digits(*flags))
+
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "instruments_b.md"
+COMMANDS = re.findall(r"^ +python run/analyze\.py (.+)$", DOCUMENT.read_text().replace("\\\n", " "), re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_parse(command: str) -> None:
+    own, rest = analyze.build_parser().parse_known_args(shlex.split(command))
+    for spec in specs_of(own):
+        main_args(rest, spec)
+    assert own.run is not None
+
+
+def test_the_document_has_commands() -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"reconstruction", "probes", "ttr", "dynamics", "report"}
