@@ -1,4 +1,5 @@
-"""torch.hub entries: one for each of our models, `create_model` for any supported name, `MergeConfig` for what merges.
+"""torch.hub entries: one for each of our models, `create_model` for any supported name, `MergeConfig` for what merges,
+`load_folder` for what `run/export.py folder` wrote.
 
     merge = torch.hub.load(REPOSITORY, "MergeConfig", r=16)
     model = torch.hub.load(REPOSITORY, "deit_small", num_registers=4, merge=merge, pretrained=True)
@@ -6,6 +7,7 @@
 Keywords are those of `models.create_model`.
 """
 
+from models.exporting import load_folder
 from models.registry import ENTRY_POINTS as _ENTRY_POINTS
 from models.registry import create_model
 from models.schedule import MergeConfig
@@ -13,4 +15,4 @@ from models.schedule import MergeConfig
 dependencies = ["torch", "timm"]
 globals().update(_ENTRY_POINTS)
 
-__all__ = ["MergeConfig", "create_model", "dependencies"]
+__all__ = ["MergeConfig", "create_model", "dependencies", "load_folder"]

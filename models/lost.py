@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 Box = tuple[int, int, int, int]
@@ -81,6 +80,8 @@ def gram_matrix(features: Tensor, options: LostOptions) -> Tensor:
 
 def component_box(mask: np.ndarray, seed: int, patch: int) -> Box:
     """Box of the 4-connected part of a mask (gh,gw) that holds the seed; of the seed's cell if the mask does not."""
+    from scipy import ndimage  # importing it sets warning filters
+
     row, column = divmod(seed, mask.shape[1])
     labels, _ = ndimage.label(mask)
     if labels[row, column] == 0:
@@ -109,6 +110,8 @@ def dino_seg(
         attention: (N,) of the class token to the patches.
         share: part of the mass on patches that is kept, strongest patches first.
     """
+    from scipy import ndimage
+
     mass = attention.detach().double().cpu()
     order = mass.argsort(descending=True, stable=True)
     before = mass[order].cumsum(0) - mass[order]

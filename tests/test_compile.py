@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch._dynamo
-from tiny import images, randomise
+from tiny import images, ours, randomise
 from torch._dynamo.backends.registry import lookup_backend
 
 from models import MergeConfig, create_model
@@ -51,3 +52,26 @@ def test_compiled_model_is_one_graph_per_schedule_and_equals_eager() -> None:
     assert len(graphs) == len(schedules) + 1
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("merge", "training"),
+    [
+        pytest.param({"method": "mctf", "r": 3, "min_tokens": 4}, True, id="mctf"),
+        pytest.param({"method": "mctf", "r": 3, "min_tokens": 4, "pooling": "max"}, False, id="mctf-max"),
+        pytest.param({"method": "lgtm", "r": 1, "dense_layers": 0, "global_layer": 0}, False, id="lgtm"),
+    ],
+)
+def test_every_method_is_one_graph_for_any_batch(merge: dict[str, Any], training: bool) -> None:
+    torch._dynamo.reset()
+    model = ours(MergeConfig(**merge), num_registers=2, depth=2).train(training)
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph  # what is asked is whether tracing goes through
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for batch in (2, 5):
+        torch.testing.assert_close(compiled(images(batch)), model(images(batch)), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1

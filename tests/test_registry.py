@@ -216,7 +216,7 @@ def test_pretrained_where_nothing_was_published(name: str) -> None:
 
 def test_hub_entries(repo: Path) -> None:
     entries = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
-    assert entries == {*NAMES, "create_model", "MergeConfig"}
+    assert entries == {*NAMES, "create_model", "load_folder", "MergeConfig"}
     assert hubconf.dependencies == ["torch", "timm"]
     for name in NAMES:
         assert name in getattr(hubconf, name).__doc__

@@ -88,7 +88,7 @@ def test_titles_count_the_groups_that_are_drawn(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         out = model(images, trace=True)
     titles: list[tuple[str, str]] = []
-    monkeypatch.setattr(visualize, "lay_out", lambda rows, given, captions: titles.extend(given))
+    monkeypatch.setattr(visualize, "lay_out", lambda rows, given, *_: titles.extend(given))
     pictures = visualize.Pictures(images, visualize.DataConfig(), ("a", "b"))
     visualize.draw_merged(images, out.groups, (0, 1, 2), (4, 4), pictures)
     assert titles == [("input", "16 patches"), *((f"after block {i}", f"{12 - 4 * i} patch tokens") for i in range(3))]
