@@ -64,6 +64,7 @@ PANEL = 336  # pixels that a picture is scaled to, as far as whole patches allow
 MIN_CELL = 8  # pixels of a patch, at least
 CLIP = 0.01  # share of values beyond either end of a criterion's colours: few would hide what the others do
 LEGEND = 84  # pixels, width of a colour scale
+WIDE = 14  # pixels of a patch from which outlines have two
 MAX_PIXELS = 100_000_000  # of a picture
 GIF_PANEL, GIF_IMAGES, GIF_FRAMES = 224, 4, 40  # at most: some 1600 x 1000 pixels and 40 blocks
 GIF_MS, GIF_LAST_MS = 800, 2500  # how long a frame, and the last one, is shown
@@ -214,7 +215,7 @@ class Drawing:
         after = state.group[image].view(self.grid).numpy()
         if view == "groups":
             colours = mean_colours(self.images[image : image + 1], state.group[image : image + 1], self.grid)
-            return draw_groups(colours.view(*self.grid, 3).numpy(), after, cell)
+            return draw_groups(colours.view(*self.grid, 3).numpy(), after, cell, line=2 if cell >= WIDE else 1)
         if view == "pairs":
             picture = to_picture(self.images[image], self.grid, cell)
             return draw_pairs(picture, before, state.pairs[image].numpy(), cell)
@@ -305,12 +306,17 @@ def save_gif(drawing: Drawing, file: Path) -> None:
 
 
 def _joint_palette(shown: Sequence[Any]) -> Any:
-    """256 colours of the first, a middle and the last frame."""
+    """256 colours of the first, a middle and the last frame; the brightest become the white between panels."""
     some = [shown[0], shown[len(shown) // 2], shown[-1]]
     joint = Image.new("RGB", (some[0].width, 3 * some[0].height))
     for index, frame in enumerate(some):
         joint.paste(frame, (0, index * frame.height))
-    return joint.quantize(256)
+    found = joint.quantize(256)
+    colours = np.array(found.getpalette()).reshape(-1, 3)
+    brightness = colours.min(axis=1)
+    colours[brightness >= min(246, brightness.max())] = 255  # all near white: Pillow looks colours up roughly
+    found.putpalette(colours.ravel().tolist())
+    return found
 
 
 # Commands

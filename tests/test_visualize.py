@@ -1,6 +1,8 @@
 """Pictures of merged tokens: colours, outlines, layout, and the command on models of several kinds."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from PIL import Image
 
 import run.visualize as visualize
-from models import MergeConfig, MergingViT
+from models import MergeConfig, MergingViT, UserError, pictures
+from models.capture import attention, walk
 from models.registry import OWN_SIZES
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -88,9 +91,9 @@ def test_titles_count_the_groups_that_are_drawn(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         out = model(images, trace=True)
     titles: list[tuple[str, str]] = []
-    monkeypatch.setattr(visualize, "lay_out", lambda rows, given, *_: titles.extend(given))
-    pictures = visualize.Pictures(images, visualize.DataConfig(), ("a", "b"))
-    visualize.draw_merged(images, out.groups, (0, 1, 2), (4, 4), pictures)
+    monkeypatch.setattr(visualize, "lay_out", lambda rows, shown, *_: titles.extend(shown))
+    given = visualize.Pictures(images, visualize.DataConfig(), ("a", "b"))
+    visualize.draw_merged(images, out.groups, (0, 1, 2), (4, 4), given)
     assert titles == [("input", "16 patches"), *((f"after block {i}", f"{12 - 4 * i} patch tokens") for i in range(3))]
     assert [count - 3 for count in out.counts] == [12, 8, 4]
     assert MergeConfig(r=4) == model.merge
@@ -131,6 +134,11 @@ def test_class_names_are_readable() -> None:
         (["--out", "o.png", "--r", "4", "--images", "nowhere"], "nowhere"),
         (["--out", "o.png", "--r", "4", "--blokcs", "1"], "--blokcs"),
         (["--out", "o.png", "--r", "4", "--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--out", "o.png", "--r", "4", "--views", "groups", "criteria"], "--merge mctf"),
+        (["--out", "o.png", "--r", "4", "--merge", "lgtm", "--views", "criteria"], "not lgtm"),
+        (["--out", "o.png", "--r", "4", "--views", "beauty"], "--views"),
+        (["--out", "o.png", "--r", "4", "--gif", "o.mp4"], "o.mp4"),
+        (["--out", "o.png", "--r", "4", "--data_out", "o.csv"], "o.csv"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -156,6 +164,144 @@ def test_torn_and_absent_images_are_named(toy: list[str], photos: Path, capsys: 
     (photos / "empty").mkdir()
     assert visualize.main([*words, str(photos / "empty")]) == 2
     assert "holds no image" in capsys.readouterr().err
+
+
+def build(**options: Any) -> tuple[MergingViT, torch.Tensor]:
+    """A model with weights large enough that tokens differ, and three images."""
+    torch.manual_seed(0)
+    options = {"num_registers": 2, "merge": MergeConfig(r=3), **options}
+    model = MergingViT(image_size=32, patch_size=8, dim=24, depth=3, heads=3, mlp_dim=48, **options).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model, torch.rand(3, 3, 32, 32)
+
+
+METHODS = [
+    MergeConfig("tome", 3),
+    MergeConfig("tome", 4, bidirectional=True),
+    MergeConfig("mctf", 4, min_tokens=0),
+    MergeConfig("mctf", 4, min_tokens=0, one_step_ahead="off"),
+    MergeConfig("lgtm", 3, dense_layers=0, global_layer=1),
+]
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.method} {config.one_step_ahead}")
+def test_states_are_those_of_the_forward(config: MergeConfig) -> None:
+    model, images = build(merge=config, register_layer=1)
+    states = pictures.block_states(model, images)
+    with torch.no_grad():
+        out = model(images, trace=True)
+    for state, group in zip(states, out.groups, strict=True):
+        assert (state.group == group).all()
+        same = group.unsqueeze(1) == group.unsqueeze(2)
+        assert (state.size == same.sum(dim=2)).all()
+    assert any(state.pairs.shape[1] for state in states)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.method} {config.one_step_ahead}")
+def test_pairs_explain_the_groups(config: MergeConfig) -> None:
+    """Joining the pairs of a block, and nothing else, turns its incoming groups into the outgoing ones."""
+    for state in pictures.block_states(*build(merge=config)):
+        for i, group in enumerate(state.group_in):
+            joined = group.clone()
+            for merged, target in state.pairs[i].tolist():
+                joined[joined == merged] = target
+            expected = state.group[i].unsqueeze(0) == state.group[i].unsqueeze(1)
+            assert ((joined.unsqueeze(0) == joined.unsqueeze(1)) == expected).all()
+
+
+def test_many_images_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0))
+    whole = pictures.block_states(model, images, range(3))
+    monkeypatch.setattr(pictures, "MAP_BYTES", 1)
+    for one, other in zip(whole, pictures.block_states(model, images, range(3)), strict=True):
+        assert (one.group == other.group).all() and (one.pairs == other.pairs).all()
+        assert list(one.criteria) == ["attention", "informativeness", "size", "similarity"]
+        for name, values in one.criteria.items():
+            torch.testing.assert_close(values, other.criteria[name])
+
+
+def test_criteria_by_hand() -> None:
+    model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0, tau_sim=0.5, tau_info=3, tau_size=2))
+    layer = list(walk(model, images))[2]
+    found = pictures.mctf_criteria(layer, model.merge)
+    received = attention(layer).mean(dim=(1, 2))
+    prefix, count = layer.prefix, layer.x_in.shape[1]
+    torch.testing.assert_close(found["attention"], received[:, prefix:] * count)
+    least = received.amin(dim=1, keepdim=True)
+    torch.testing.assert_close(found["informativeness"], (least / received[:, prefix:]) ** (1 / 3))
+    torch.testing.assert_close(found["size"], layer.size_in[:, prefix:] ** -0.5)  # prefix tokens have size 1
+    x = torch.nn.functional.normalize(layer.x_in, dim=-1)
+    cosine = x @ x.transpose(1, 2)
+    for i in range(prefix, count):
+        others = [j for j in range(prefix, count) if (i - j) % 2]
+        expected = ((cosine[:, i, others].amax(dim=1) + 1) / 2) ** 2
+        torch.testing.assert_close(found["similarity"][:, i - prefix], expected)
+
+
+def test_criteria_without_looking_ahead_compare_what_leaves_the_block() -> None:
+    config = MergeConfig("mctf", (0, 4, 0), min_tokens=0, one_step_ahead="off")
+    model, images = build(merge=config)
+    plain = list(walk(model, images, r=0))[1]
+    x = torch.nn.functional.normalize(plain.x_out[:, 3:], dim=-1)
+    expected = (x @ x.transpose(1, 2))[:, 0, 1::2].amax(dim=1)
+    found = pictures.mctf_criteria(list(walk(model, images))[1], model.merge)["similarity"][:, 0]
+    torch.testing.assert_close(found, (expected + 1) / 2)
+
+
+def test_lines_colour_what_merges_and_nothing_else() -> None:
+    group = np.array([[0, 0, 1], [2, 3, 4], [5, 5, 6]])
+    picture = np.full((60, 60, 3), 120, dtype=np.uint8)
+    drawn = pictures.draw_pairs(picture, group, np.array([[0, 1]]), cell=20).astype(int)
+    assert abs(drawn[23:] - 120).max() <= 2
+    saturation = np.ptp(drawn, axis=2)
+    assert saturation[1, 1] > saturation[1, 58] > 20  # merged, then joined
+    assert drawn[10, 25].min() > 200  # on the line
+    nothing = pictures.draw_pairs(picture, group, np.zeros((0, 2), dtype=int), cell=20)
+    assert (nothing == picture).all()
+
+
+def test_colour_scales() -> None:
+    scale = pictures.Scale(1.0, 100.0, log=True)
+    np.testing.assert_allclose(scale.place(np.array([0.5, 1, 10, 100, 200])), [0, 0, 0.5, 1, 1], atol=1e-9)
+    assert scale.ticks() == [1, 2, 5, 10, 20, 50, 100]
+    assert pictures.Scale(0.71, 0.98).ticks() == pytest.approx([0.75, 0.8, 0.85, 0.9, 0.95])
+    same = pictures.Scale(1.0, 1.0)
+    assert same.ticks() == [1.0] and not same.place(np.ones(2)).any()
+
+
+def test_all_views_with_film_and_data(toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, film, data = tmp_path / "t.png", tmp_path / "new" / "t.gif", tmp_path / "other" / "t.npz"
+    words = [*toy, "--merge", "mctf", "--r", "4", "--min_tokens", "0", "--num_registers", "1", "--num_images", "2"]
+    words += ["--blocks", "1,2", "--views", *visualize.VIEWS, "--out", str(out)]
+    assert visualize.main([*words, "--gif", str(film), "--data_out", str(data)]) == 0, capsys.readouterr().err
+    width = 3 * 336 + 4 * visualize.GAP + visualize.LEGEND
+    assert Image.open(out).width == width and Image.open(out).height > 2 * 6 * 336
+    with Image.open(film) as frames:
+        assert frames.n_frames == 4 and frames.info["loop"] == 0  # type: ignore[attr-defined]
+        assert frames.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    said = json.loads(out.with_suffix(".json").read_text())
+    assert [block["patch_tokens"] for block in said["blocks"]] == [16, 12, 8]  # the first block merges nothing
+    for block in said["blocks"]:
+        assert [sum(int(size) * count for size, count in table.items()) for table in block["sizes"]] == [16, 16]
+        assert [sum(table.values()) for table in block["sizes"]] == [block["patch_tokens"]] * 2
+    arrays = np.load(data)
+    assert arrays["size"].shape == arrays["group"].shape == (3, 2, 16)
+    assert arrays["pairs/0"].shape == (2, 0, 2) and arrays["pairs/1"].shape == (2, 4, 2)
+    assert (arrays["attention/2"] > 0).all()
+
+
+def test_a_picture_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = build()
+    given = visualize.Pictures(images, visualize.DataConfig(), ("a", "b", "c"))
+    drawing = visualize.make_drawing(given, (4, 4), ("groups",), pictures.block_states(model, images), (0, 2))
+    monkeypatch.setattr(visualize, "GIF_IMAGES", 2)
+    two = list(visualize.frames(drawing))
+    monkeypatch.setattr(visualize, "GIF_IMAGES", 9)
+    assert len(two) == 3 and two[0].height < next(visualize.frames(drawing)).height
+    monkeypatch.setattr(visualize, "MAX_PIXELS", 9 * 336**2 - 1)
+    with pytest.raises(UserError, match="num_images"):
+        visualize.draw_views(drawing)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real images here")
