@@ -1,0 +1,195 @@
+"""Models for other runtimes: torch.export, ONNX, and a folder of safetensors + config.json as timm writes them.
+
+An instrument: eager models are not changed by it. `import models.exporting` also makes the architecture name "regtome"
+known to timm, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads what `save_folder` wrote.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import register_model
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from models.checkpoint import load_weights
+from models.errors import UserError
+from models.registry import create_model
+from models.scatter_free import scatter_free
+from models.schedule import MergeConfig
+from models.vit import MergingViT
+
+ARCHITECTURE = "regtome"
+MAX_BATCH = 4096
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a runtime is from eager on one batch.
+
+    Attributes:
+        batch: images.
+        difference: largest absolute difference of logits.
+        top1: share of images with the same best class.
+    """
+
+    batch: int
+    difference: float
+    top1: float
+
+
+def export_program(model: MergingViT, images: Tensor, dynamic: bool = True) -> ExportedProgram:
+    """torch.export of a model in evaluation mode, at its own schedule.
+
+    Args:
+        images: (B,3,H,W) an example; B > 1 with a dynamic batch.
+        dynamic: accept any batch size, not only that of the example.
+    """
+    model = model.eval()
+    shapes = ({0: Dim("batch", min=1, max=MAX_BATCH)},) if dynamic else None
+    with torch.no_grad():
+        # strict tracing reads the code, where the other way would take len(x) of a batch as a constant
+        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=dynamic)
+
+
+def export_onnx(model: MergingViT, images: Tensor, file: Path, dynamic: bool = True) -> ExportedProgram:
+    """Write an ONNX file without scatters; input "images", output "logits". Returns the program that it was made of.
+
+    Raises:
+        UserError: onnx or onnxscript are not installed.
+    """
+    require("onnx", "onnxscript")
+    program = export_program(model, images, dynamic)
+    with torch.no_grad():
+        plain = program.run_decompositions(scatter_free(len(images)))
+        written = torch.onnx.export(
+            plain, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        )
+    assert written is not None  # only without dynamo
+    written.save(str(file))
+    return program
+
+
+def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:
+    """An ONNX file in onnxruntime on the CPU, as a function of images."""
+    require("onnxruntime")
+    import onnxruntime  # only where it is asked for: half a second
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def onnx_operators(file: Path) -> set[str]:
+    """Names of the operators of an ONNX file, functions included."""
+    require("onnx")
+    import onnx
+
+    proto = onnx.load(str(file), load_external_data=False)
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    return {node.op_type for node in nodes}
+
+
+def compare(model: MergingViT, run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> list[Agreement]:
+    """A runtime against the eager model, batch by batch."""
+    found = []
+    for images in batches:
+        with torch.inference_mode():
+            expected, given = model.eval()(images), run(images)
+        same = (expected.argmax(1) == given.argmax(1)).double().mean()
+        found.append(Agreement(len(images), float((expected - given).abs().max()), float(same)))
+    return found
+
+
+def save_folder(model: MergingViT, base: str, folder: Path, data: dict[str, Any] | None = None) -> None:
+    """Weights and what rebuilds the model: model.safetensors and config.json.
+
+    Args:
+        base: the name that `create_model` made the model of.
+        data: preprocessing (mean, std, interpolation, crop_pct) for pretrained_cfg.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(folder_config(model, base, data or {}), indent=2) + "\n")
+
+
+def folder_config(model: MergingViT, base: str, data: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json, in the form of timm's."""
+    size = tuple(model.patch_embed.img_size)
+    arguments = {"base": base, "num_registers": model.num_registers, "merge": model.merge.as_dict()}
+    arguments |= {"register_layer": model.register_layer, "class_layer": model.class_layer}
+    arguments |= {"img_size": size[0], "num_classes": model.num_classes}  # timm passes model_args on, and only them
+    settings = {key: value for key, value in data.items() if key in ("mean", "std", "interpolation", "crop_pct")}
+    pretrained = {"input_size": (3, *size), "num_classes": model.num_classes, "fixed_input_size": True}
+    pretrained |= {"first_conv": "patch_embed.proj", "classifier": "head"} | settings
+    return {
+        "architecture": ARCHITECTURE,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }
+
+
+def load_folder(folder: str | Path) -> MergingViT:
+    """The model that `save_folder` wrote, in evaluation mode.
+
+    Raises:
+        UserError: not such a folder.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+        if config["architecture"] != ARCHITECTURE:
+            raise UserError(f"{folder} holds timm's {config['architecture']}; load it with timm.create_model")
+        arguments = dict(config["model_args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} is not a folder of run/export.py ({type(error).__name__}: {error})") from error
+    return regtome(pretrained=True, pretrained_cfg={"file": str(folder)}, **arguments).eval()
+
+
+@register_model
+def regtome(pretrained: bool = False, base: str = "deit_small", merge: Any = None, **options: Any) -> MergingViT:
+    """timm's entry for saved models: `create_model(base, ...)`, with the weights of a folder if pretrained.
+
+    Args:
+        base: a name of `create_model`.
+        merge: a `MergeConfig`, or its plain dict out of config.json.
+    """
+    cfg = options.pop("pretrained_cfg", None)
+    folder = cfg.get("file") if isinstance(cfg, dict) else getattr(cfg, "file", None)
+    for name in ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"):
+        options.pop(name, None)
+    merge = MergeConfig.from_dict(merge) if isinstance(merge, dict) else merge
+    if not pretrained:
+        return create_model(base, merge=merge, **options)
+    if not folder:
+        raise UserError(f"{ARCHITECTURE} has no published weights; name a folder of run/export.py")
+    model = create_model(base, merge=merge, **options)
+    # another num_classes than the folder's makes a fresh head, as in timm
+    load_weights(model, _read_weights(Path(folder)), source=str(folder), name=base)
+    return model
+
+
+def _read_weights(place: Path) -> dict[str, Tensor]:
+    file = place / _WEIGHTS if place.is_dir() else place
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors has one error class of its own, which it does not document
+        raise UserError(f"cannot read {file}: {error}") from error
+
+
+def require(*names: str) -> None:
+    """Raise a UserError that names what is not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed; pip install -r requirements.txt")

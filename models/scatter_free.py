@@ -1,0 +1,98 @@
+"""Scatters as comparisons and sums, for runtimes that do not support (or mishandle) adding and reducing scatters.
+
+Used on exported graphs only: `program.run_decompositions(scatter_free(batch))`. Every function computes what the aten
+operator of its name computes, from a one-hot table over (destinations, sources) of the scattered axis, K sources into
+S destinations. Merging moves r tokens of an image, so that the tables are (M, r) and small beside the features.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def scatter_free(batch: int) -> dict[Any, Callable[..., Tensor]]:
+    """Decompositions of every scatter that the models use, and of the stable sort, which ONNX does not have.
+
+    Args:
+        batch: images of the example that the graph was traced with; rows of all images flattened into one axis, where
+            the core adds rows by number, are split into images again by it.
+    """
+    return {
+        aten.scatter.src: _scatter,
+        aten.scatter_add.default: _scatter_add,
+        aten.scatter_reduce.two: _scatter_reduce,
+        aten.index_add.default: lambda *args, **options: _add_rows(batch, *args, **options),
+        aten.argsort.stable: _stable_argsort,
+    }
+
+
+def _scatter(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    x, index, source = _axis_last(x, dim), _axis_last(index, dim), _axis_last(source, dim)
+    hit = _hit(index, x.shape[-1])
+    written = (hit * source.unsqueeze(-2)).sum(-1).to(x.dtype)  # an index occurs once
+    return _axis_last(torch.where(hit.any(-1), written, x), dim)
+
+
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    x, index, source = _axis_last(x, dim), _axis_last(index, dim), _axis_last(source, dim)
+    hit = _hit(index, x.shape[-1]).to(source.dtype)
+    if index.ndim > 2 and index.shape[-2] == 1:  # the same index for all rows of a matrix
+        return _axis_last(x + source @ hit.squeeze(-3).transpose(-1, -2), dim)
+    return _axis_last(x + (hit * source.unsqueeze(-2)).sum(-1), dim)
+
+
+def _scatter_reduce(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    x, index, source = _axis_last(x, dim), _axis_last(index, dim), _axis_last(source, dim)
+    limits = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
+    empty, best, better = {
+        "amax": (limits.min, torch.amax, torch.maximum),
+        "amin": (limits.max, torch.amin, torch.minimum),
+    }[reduce]
+    hit = _hit(index, x.shape[-1])
+    reduced = best(source.unsqueeze(-2).masked_fill(~hit, empty), -1)
+    reduced = better(x, reduced) if include_self else torch.where(hit.any(-1), reduced, x)
+    return _axis_last(reduced, dim)
+
+
+def _add_rows(batch: int, x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+    """index_add over the flattened rows (B*M,C) of a batch, as one product of (M,r) and (r,C) per image."""
+    if dim != 0 or x.ndim != 2:
+        raise NotImplementedError(f"index_add over axis {dim} of {x.ndim} is not rewritten")
+    rows = _hint(x.shape[0]) // batch
+    images = x.shape[0] // rows
+    first = torch.arange(images, device=index.device).unsqueeze(1) * rows
+    hit = _hit(index.reshape(images, -1) - first, rows).to(x.dtype)
+    added = hit @ (alpha * source).reshape(images, -1, x.shape[1])
+    return x + added.reshape(x.shape)
+
+
+def _stable_argsort(x: Tensor, *, stable: bool | None = True, dim: int = -1, descending: bool = False) -> Tensor:
+    """Integers with their places as lower digits, which no two have in common."""
+    if x.is_floating_point() or dim not in (-1, x.ndim - 1):
+        raise NotImplementedError("a stable sort of floats, or along another axis than the last, is not rewritten")
+    places = torch.arange(x.shape[-1], device=x.device)
+    unique = x.to(torch.int64) * x.shape[-1] + (-places if descending else places)
+    return unique.sort(dim=-1, descending=descending).indices
+
+
+def _hit(index: Tensor, size: int) -> Tensor:
+    """(...,K) -> (...,S,K): whether source k goes to destination s. Axes along which the index repeats get length 1."""
+    for axis in range(index.ndim - 1):
+        if index.stride(axis) == 0 and index.shape[axis] != 1:
+            index = index.narrow(axis, 0, 1)
+    return index.unsqueeze(-2) == torch.arange(size, device=index.device).unsqueeze(-1)
+
+
+def _axis_last(x: Tensor, dim: int) -> Tensor:
+    return x.transpose(dim, -1)
+
+
+def _hint(size: Any) -> int:
+    """A length, for a dynamic one that of the example."""
+    return size if isinstance(size, int) else size.node.hint
