@@ -84,11 +84,13 @@ def merge_after_attention(
     attn: Any = block.attn
     y, keys, received = attend(attn, block.norm1(x), bias, r > 0 and config.pooling == "attention")
     x = x + block.drop_path1(block.ls1(y))
+    del y  # and the keys below: the MLP is the peak of memory
     step = None
     if r > 0:
         weight = pooling_weight(config.pooling, size, received)  # type: ignore[arg-type]
         step = match_keys(keys, weight, r, prefix, config, local)
         x, size = pool_tokens(x, step, weight), merge_sizes(size, step)
+    del keys
     return BlockOutput(mlp_residual(block, x), size, step)
 
 
