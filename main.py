@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def parse(self, argv: Sequence[str]) -> Namespace:
-        args, unknown = self.parse_known_args([_underscored(token) for token in argv])
+        args, unknown = self.parse_known_args([underscored(token) for token in argv])
         for token in unknown:
             if not token.startswith("--"):
                 raise UserError(f"unexpected argument {token!r}; see --help")
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def _underscored(token: str) -> str:
+def underscored(token: str) -> str:
     """--batch-size=4 -> --batch_size=4; values keep their hyphens."""
     if not token.startswith("--"):
         return token
@@ -338,7 +338,7 @@ def from_mctf(argv: Sequence[str]) -> list[str]:
     old = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--use_mctf", "--mctf_type", "--task_type", "--task_weight"):
         old.add_argument(flag)
-    given, rest = old.parse_known_args([_underscored(token) for token in argv])
+    given, rest = old.parse_known_args([underscored(token) for token in argv])
     if given.use_mctf is None and given.mctf_type is None and given.task_type is None:
         return list(argv)
     task = _number_list("task_type", given.task_type or "[1,0,0]", 3, 4)

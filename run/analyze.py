@@ -18,7 +18,7 @@ from pathlib import Path
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from main import Parser
+from main import Parser, underscored
 from models import UserError
 from utils import RunError, close_distributed
 
@@ -36,7 +36,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 a run that cannot go on, 2 the user's mistake."""
     try:
-        tokens = [_underscored(token) for token in (sys.argv[1:] if argv is None else argv)]
+        tokens = [underscored(token) for token in (sys.argv[1:] if argv is None else argv)]
         own, rest = build_parser().parse_known_args(tokens)
         own.run(own, rest)
         return 0
@@ -50,12 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     finally:
         close_distributed()
-
-
-def _underscored(token: str) -> str:
-    """--batch-size=4 -> --batch_size=4; values keep their hyphens."""
-    flag, equals, value = token.partition("=")
-    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if token.startswith("--") else token
 
 
 def _fail(error: object, status: int) -> int:
