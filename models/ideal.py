@@ -72,6 +72,7 @@ def drop_one_step_ahead(block: Block, x: Tensor, left: int) -> Tensor:
     y = block.norm1(x)
     v = split_heads(attn, project_v(attn, y))
     mixed = join_heads(attn.attn_drop(attention[:, :, :left, :left]) @ v)
+    del attention  # as in the merging block
     x = x + block.drop_path1(block.ls1(project_out(attn, y, mixed)))
     return mlp_residual(block, x)
 

@@ -9,7 +9,6 @@ two-way: by descending second-round score).
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -49,7 +48,9 @@ def match_bipartite(metric: Tensor, r: int, prefix: int, two_way: bool = False) 
 def cosine_scores(metric: Tensor, prefix: int) -> Tensor:
     """Cosine of every source with every destination in fp32: (B,n,D) -> (B,S,D)."""
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        sources, destinations = split_sets(F.normalize(metric.float(), dim=-1), prefix)
+        metric = metric.float()
+        length = torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
+        sources, destinations = split_sets(metric / length, prefix)
         return sources @ destinations.transpose(1, 2)
 
 
@@ -151,8 +152,11 @@ def compose(first: Merge, second: Merge) -> Merge:
 
 def pool_tokens(x: Tensor, step: Merge, weight: Tensor | None) -> Tensor:
     """One token per group, (B,N,C) -> (B,M,C): the mean by weight (B,N), without a weight the maximum."""
-    if weight is not None:
-        return merge_tokens(x, step, weight)
+    return max_tokens(x, step) if weight is None else merge_tokens(x, step, weight)
+
+
+def max_tokens(x: Tensor, step: Merge) -> Tensor:
+    """Elementwise maximum of every group: (B,N,C) -> (B,M,C)."""
     keep, source, into = (index.unsqueeze(-1).expand(-1, -1, x.shape[-1]) for index in step)
     return x.gather(1, keep).scatter_reduce(1, into, x.gather(1, source), "amax")
 
@@ -170,22 +174,38 @@ def merge_rows(attention: Tensor, step: Merge) -> Tensor:
     return attention.gather(2, keep).scatter_reduce(2, into, attention.gather(2, source), "amax")
 
 
-def merge_tokens(x: Tensor, step: Merge, weight: Tensor) -> Tensor:
-    """Weighted mean of every group: (B,N,C) -> (B,M,C), weight (B,N) > 0.
+class Pooling(NamedTuple):
+    """A weighted mean over the groups of a merge, in rows of the flattened batch: computed once, for any tensor."""
+
+    keep: Tensor  # (B*M,) in [0,B*N)
+    source: Tensor  # (B*r,) in [0,B*N)
+    into: Tensor  # (B*r,) in [0,B*M)
+    share: Tensor  # (B*r,1) weight of a source in that of its group
+
+
+def pooling(step: Merge, weight: Tensor) -> Pooling:
+    """Of a merge and the weights (B,N) > 0 of its tokens."""
+    (tokens, left), moved = (weight.shape[1], step.keep.shape[1]), weight.gather(1, step.source)
+    share = moved / merge_sizes(weight, step).gather(1, step.into)
+    return Pooling(_flat(step.keep, tokens), _flat(step.source, tokens), _flat(step.into, left), share.reshape(-1, 1))
+
+
+def pool_rows(x: Tensor, plan: Pooling) -> Tensor:
+    """Weighted mean of every group: (B,N,C) -> (B,M,C).
 
     Written as x_rep + sum_i w_i / W * (x_i - x_rep), which is the same mean but copies each surviving row once and
     computes on the r merged rows only.
     """
-    batch, tokens, channels = x.shape
-    left = step.keep.shape[1]
-    flat = x.reshape(batch * tokens, channels)
-    source, into = _flat(step.source, tokens), _flat(step.into, left)
-    out = flat.index_select(0, _flat(step.keep, tokens))
-    moved = weight.gather(1, step.source)
-    share = moved / merge_sizes(weight, step).gather(1, step.into)
-    delta = flat.index_select(0, source) - out.index_select(0, into)
-    out.index_add_(0, into, delta * share.reshape(-1, 1).to(x.dtype))
-    return out.view(batch, left, channels)
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat.index_select(0, plan.keep)
+    delta = flat.index_select(0, plan.source) - out.index_select(0, plan.into)
+    out.index_add_(0, plan.into, delta * plan.share.to(x.dtype))
+    return out.view(x.shape[0], -1, x.shape[-1])
+
+
+def merge_tokens(x: Tensor, step: Merge, weight: Tensor) -> Tensor:
+    """`pool_rows` of one tensor: (B,N,C) -> (B,M,C), weight (B,N) > 0."""
+    return pool_rows(x, pooling(step, weight))
 
 
 def merge_sizes(size: Tensor, step: Merge) -> Tensor:
