@@ -24,7 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Batch, EvalLoader, TrainLoader
 from models.errors import UserError
-from utils import Distributed, Progress, RunError, StopSignal, all_reduce_sum, any_rank, gather_names, nearest, seed_all
+from utils import (
+    Distributed,
+    Progress,
+    RunError,
+    StopSignal,
+    all_reduce_sum,
+    any_rank,
+    compile_model,
+    gather_names,
+    nearest,
+    seed_all,
+)
 
 Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 
@@ -475,7 +486,7 @@ def build_trainer(
     """Wrap the model as asked, and make its optimizer and average."""
     module.set_grad_checkpointing(args.grad_checkpointing)  # type: ignore[operator]
     ema = ModelEmaV3(module, decay=args.model_ema_decay) if args.model_ema else None
-    model: nn.Module = torch.compile(module) if args.compile else module  # type: ignore[assignment]
+    model: nn.Module = compile_model(module) if args.compile else module
     if dist.distributed:
         ids = [dist.device.index] if dist.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

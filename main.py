@@ -62,6 +62,7 @@ from utils import (
     check_resumable,
     clear_stop_marker,
     close_distributed,
+    compile_model,
     git_revision,
     init_distributed,
     is_main_process,
@@ -582,7 +583,7 @@ def run_eval(args: Namespace, dist: Distributed) -> int:
     data, weights, model, precision = prepare(args, dist)
     schedules = list(args.r_evals or [format_schedule(model.merge.r)])
     plans = {text: model.plan(text) for text in schedules}  # mistakes before the pass over the data
-    forward: nn.Module = torch.compile(model) if args.compile else model  # type: ignore[assignment]
+    forward: nn.Module = compile_model(model) if args.compile else model
     scores = evaluate(
         forward,
         build_eval_loader(args, data.val, dist.rank, dist.world),
@@ -605,7 +606,7 @@ def run_eval(args: Namespace, dist: Distributed) -> int:
         "num_registers": model.num_registers,
         "merge": model.merge.as_dict(),
         "n_images": scores[0].n_images,
-        "device": _device_name(dist.device),
+        "device": device_name(dist.device),
         "versions": versions(),
         "git": git_revision(),
         "rows": rows,
@@ -653,7 +654,7 @@ def _add_throughput(
     size = model.patch_embed.img_size
     native = native_model(name, num_classes=model.num_classes, img_size=size[0]).to(dist.device).eval()
     images = torch.randn(args.batch_size, 3, *size, device=dist.device)
-    runs: dict[str, Callable[[torch.Tensor], Any]] = {"native": torch.compile(native) if args.compile else native}
+    runs: dict[str, Callable[[torch.Tensor], Any]] = {"native": compile_model(native) if args.compile else native}
     runs |= {f"row {i}": partial(forward.eval(), r=parse_schedule(row["r"])) for i, row in enumerate(rows)}
     speeds = throughput(runs, images, precision)
     for i, row in enumerate(rows):
@@ -662,7 +663,8 @@ def _add_throughput(
         row["speedup"] = speed["median"] / speeds["native"]["median"]
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a measurement ran on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"

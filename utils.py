@@ -30,6 +30,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
+import torch._dynamo
 import torch.distributed as c10d
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -735,6 +736,18 @@ def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
 
 
 # Run metadata
+
+
+def compile_model(module: torch.nn.Module, **options: Any) -> Any:
+    """torch.compile, with room for a graph per schedule.
+
+    After 8 graphs of one forward the compiler goes back to eager with no more than a warning, and an evaluation of many
+    schedules, training with random ones, or a benchmark of many models needs more.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 512)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4096)
+    return torch.compile(module, **options)
 
 
 def versions() -> dict[str, str | None]:

@@ -5,12 +5,13 @@ python run/benchmark.py --models deit_base --dtypes bf16 --modes eager compiled 
 python run/benchmark.py --train --results output/eval_deit_s_tome --output_dir output/speed
 
 *native* is timm's own dense model with fused attention, *ideal* the same data flow whose tokens are dropped by slicing,
-so that matching and merging cost nothing. All models of a setting (model, batch size, dtype, mode, phase) take turns in
-one process, in a new random order every round; a ratio is the median over rounds of the ratio within a round, so that
-it survives a noisy machine. What was not timed in the same rounds has no ratio.
+so that matching and merging cost nothing. All models of a setting (model, batch size, dtype, device, phase), eager and
+compiled, take turns in one process, in a new random order every round; a ratio is the median over rounds of the ratio
+within a round, so that it survives a noisy machine. What was not timed in the same rounds has no ratio. Ratios are to
+native and ideal in the same mode; where both modes are timed, the compiled also to the eager ones.
 
 --output_dir saves benchmark.json, benchmark.txt and speed.png, with --results also pareto.png: accuracies of main.py
---eval over the speeds measured here.
+--eval over the speeds measured here. --profile adds where the time of each merging model goes beyond that of its ideal.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,14 +40,15 @@ if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import DataConfig, build_data, build_eval_loader
-from main import Parser, parse_args
+from main import Parser, device_name, parse_args
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.gmacs import gmacs
 from models.ideal import ideal_model
 from models.registry import check_name, data_settings, native_model
 from models.schedule import format_schedule
+from run._operators import operator_times, overhead_table
 from run.results import COLOURS, collect, pareto
-from utils import git_revision, log, nearest, seed_all, setup_output, versions, write_json
+from utils import compile_model, git_revision, log, nearest, seed_all, setup_output, versions, write_json
 
 # name -> keywords of MergeConfig; a method with its own r ignores --r
 METHODS: dict[str, dict[str, Any]] = {
@@ -59,7 +62,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {"method": "none", "r": 0},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODES = ("eager", "compiled")
+# name -> keywords of torch.compile; cudagraphs replays the whole forward, which is for small batches on a GPU
+MODES: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "compiled": {},
+    "cudagraphs": {"mode": "reduce-overhead"},
+}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 UNTIMED = "no row of --results is timed in this run; give --models, --num_registers and --r of at least one"
 
@@ -70,7 +78,6 @@ class Setting:
 
     model: str
     phase: str
-    mode: str
     dtype: str
     batch_size: int
     img_size: int
@@ -85,6 +92,9 @@ class Contestant:
     module: nn.Module
     describe: dict[str, Any]
     ideal: str | None = None
+
+
+Key = tuple[str, str]  # name and mode of what takes part
 
 
 @dataclass(frozen=True)
@@ -161,20 +171,24 @@ def end_to_end_step(module: nn.Module, loader: Any, images: int, device: torch.d
     return Step(run, images)
 
 
-def build_steps(found: Sequence[Contestant], setting: Setting, own: Namespace) -> Iterator[tuple[Contestant, Step]]:
-    """A step for every contestant, on the same images."""
+def build_steps(found: Sequence[Contestant], setting: Setting, own: Namespace) -> dict[Key, Step]:
+    """A step for every contestant in every mode, on the same images."""
     device, dtype = torch.device(setting.device), DTYPES[setting.dtype]
     images = torch.randn(setting.batch_size, 3, setting.img_size, setting.img_size, device=device)
     loader, length = build_loader(own, setting) if setting.phase == "end_to_end" else (None, 0)
-    for contestant in found:
-        module = contestant.module
-        module = torch.compile(module, dynamic=False) if setting.mode == "compiled" else module  # type: ignore[assignment]
+    steps = {}
+    for mode, contestant in itertools.product(own.modes, found):
+        module, options = contestant.module, MODES[mode]
+        if options is not None:
+            module = compile_model(module, dynamic=False, fullgraph=True, **options)
         if setting.phase == "train":
-            yield contestant, train_step(module, images, dtype)
+            step = train_step(module, images, dtype)
         elif loader is not None:
-            yield contestant, end_to_end_step(module, loader, length, device, dtype)
+            step = end_to_end_step(module, loader, length, device, dtype)
         else:
-            yield contestant, inference_step(module, images.to(dtype))
+            step = inference_step(module, images.to(dtype))
+        steps[contestant.name, mode] = step
+    return steps
 
 
 def build_loader(own: Namespace, setting: Setting) -> tuple[Any, int]:
@@ -193,18 +207,18 @@ def build_loader(own: Namespace, setting: Setting) -> tuple[Any, int]:
 
 
 def interleave(
-    steps: dict[str, Step],
+    steps: dict[Any, Step],
     rounds: int,
     device: torch.device,
     seed: int = 0,
     clock: Callable[[], float] = CLOCKS["wall"],
-) -> dict[str, np.ndarray]:
+) -> dict[Any, np.ndarray]:
     """Seconds (rounds,) of every step, in rounds in which each has one turn, in an order drawn anew."""
     order, draw = list(steps), random.Random(seed)
     for _ in range(2):  # allocation and compilation
         for name in order:
             seconds(steps[name], device, clock)
-    times: dict[str, list[float]] = {name: [] for name in order}
+    times: dict[Any, list[float]] = {name: [] for name in order}
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
@@ -225,9 +239,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ratio(times: dict[str, np.ndarray], name: str, reference: str | None) -> dict[str, float] | None:
+def ratio(times: dict[Any, np.ndarray], name: Any, reference: Any) -> dict[str, float] | None:
     """How many times faster than the reference, round by round; None if that did not take part in these rounds."""
-    if reference is None or reference not in times or name not in times:
+    if reference not in times or name not in times:
         return None
     return quartiles(times[reference] / times[name])
 
@@ -267,17 +281,22 @@ def measure(setting: Setting, own: Namespace) -> list[dict[str, Any]]:
     if setting.phase != "train":
         native.to(DTYPES[setting.dtype])
     found = contestants(native, own)
-    steps = {contestant.name: step for contestant, step in build_steps(found, setting, own)}
+    steps = build_steps(found, setting, own)
     times = interleave(steps, own.rounds, device, own.seed, CLOCKS[own.clock])
     rows = []
-    for contestant in found:
-        name, step = contestant.name, steps[contestant.name]
-        row = asdict(setting) | {"name": name} | contestant.describe
-        row |= {"images_per_s": quartiles(step.images / times[name]), "rounds": own.rounds}
-        row["ratio_native"] = ratio(times, name, "native")
-        row["ratio_ideal"] = ratio(times, name, contestant.ideal)
+    for mode, contestant in itertools.product(own.modes, found):
+        key = (contestant.name, mode)
+        row = asdict(setting) | {"mode": mode, "name": contestant.name} | contestant.describe
+        row |= {"images_per_s": quartiles(steps[key].images / times[key]), "rounds": own.rounds}
+        row["ratio_native"] = ratio(times, key, ("native", mode))
+        row["ratio_ideal"] = ratio(times, key, (contestant.ideal, mode))
+        eager = mode != "eager"  # else it would be said twice
+        row["ratio_eager_native"] = ratio(times, key, ("native", "eager")) if eager else None
+        row["ratio_eager_ideal"] = ratio(times, key, (contestant.ideal, "eager")) if eager else None
         # a loader's tensors are other processes'
-        row["peak_memory"] = None if setting.phase == "end_to_end" else peak_memory(step, device)
+        row["peak_memory"] = None if setting.phase == "end_to_end" else peak_memory(steps[key], device)
+        if own.profile:
+            row["operators"] = operator_times(steps[key].run, device)
         rows.append(row)
     torch.compiler.reset()
     return rows
@@ -296,6 +315,8 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("images/s [quartiles]", lambda row: "{median:.1f} [{q25:.1f}, {q75:.1f}]".format_map(row["images_per_s"])),
     ("x native", lambda row: _ratio_text(row["ratio_native"])),
     ("of ideal", lambda row: _ratio_text(row["ratio_ideal"])),
+    ("x eager native", lambda row: _ratio_text(row["ratio_eager_native"])),
+    ("of eager ideal", lambda row: _ratio_text(row["ratio_eager_ideal"])),
     ("peak MiB", lambda row: "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}"),
 )
 
@@ -316,10 +337,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def overheads(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For every profiled merging model what its operators take beyond those of its ideal."""
+    timed = {(_setting_text(row), row["mode"], row["name"]): row for row in rows if "operators" in row}
+    texts = []
+    for (setting, mode, name), row in timed.items():
+        ideal = timed.get((setting, mode, f"ideal of {name}"))
+        if ideal:
+            title = f"{setting}, {mode}: {name}"
+            texts.append(title + "\n\n" + overhead_table(row["operators"], ideal["operators"]))
+    return texts
+
+
 def plot_speed(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """images/s of every contestant, a panel for each setting."""
     plt = _pyplot()
-    groups = [list(group) for _, group in itertools.groupby(rows, _setting_text)]
+    groups = [list(group) for _, group in itertools.groupby(rows, _setting_text)]  # rows of a setting follow each other
     heights = [0.9 + 0.28 * len(group) for group in groups]
     figure, axes = plt.subplots(
         len(groups), 1, figsize=(8, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
@@ -329,7 +362,8 @@ def plot_speed(rows: Sequence[dict[str, Any]], file: Path) -> None:
         middle = [speed["median"] for speed in speeds]
         spread = [[s["median"] - s["q25"] for s in speeds], [s["q75"] - s["median"] for s in speeds]]
         colours = [_colour(row["name"]) for row in group]
-        axis.barh([row["name"] for row in group], middle, xerr=spread, color=colours, error_kw={"linewidth": 1})
+        names = [row["name"] + ("" if row["mode"] == "eager" else f", {row['mode']}") for row in group]
+        axis.barh(names, middle, xerr=spread, color=colours, error_kw={"linewidth": 1})
         axis.invert_yaxis()
         axis.set_title(_setting_text(group[0]), fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
@@ -365,19 +399,19 @@ def plot_pareto(rows: Sequence[dict[str, Any]], places: Sequence[str], file: Pat
 
 
 def match_accuracies(rows: Sequence[dict[str, Any]], places: Sequence[str]) -> list[tuple[str, str, float, float]]:
-    """(group, label, speed in multiples of native, accuracy) where model, tokens per block and method are the same."""
+    """(group, label, speed in multiples of native, accuracy) where the same model merges the same way."""
     timed: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         if row["ratio_native"] and "tokens" in row and not row["name"].startswith("ideal") and row["phase"] != "train":
-            timed.setdefault((row["model"], tuple(row["tokens"])), []).append(row)
+            timed.setdefault(merges_as(row["model"], row["merge"], row["tokens"]), []).append(row)
     points, absent = [], []
     for accuracy in collect(places):
         values = accuracy.values
-        matches = timed.get((accuracy.model, tuple(values["tokens"])), [])
+        matches = timed.get(merges_as(accuracy.model, accuracy.merge, values["tokens"]), [])
         if not matches:
             absent.append(f"{accuracy.label} r={values['r']}")
         for row in matches:
-            group = f"{accuracy.label}, {row['method']}, {_setting_text(row)}"
+            group = f"{accuracy.label}, {row['method']}, {_setting_text(row)}, {row['mode']}"
             points.append((group, f"r={row['r']}", row["ratio_native"]["median"], float(values["acc1"])))
     if not points:
         raise UserError(UNTIMED)
@@ -386,8 +420,18 @@ def match_accuracies(rows: Sequence[dict[str, Any]], places: Sequence[str]) -> l
     return points
 
 
+def merges_as(model: str, merge: Mapping[str, Any], tokens: Sequence[int]) -> tuple[Any, ...]:
+    """What an accuracy and a speed must have in common: the model, tokens after every block and all but r of `merge`.
+
+    Where nothing merges the method does not matter.
+    """
+    dense = len(set(tokens)) == 1
+    rest = None if dense else json.dumps({k: v for k, v in merge.items() if k != "r"}, sort_keys=True)
+    return model, tuple(tokens), rest
+
+
 def _setting_text(row: dict[str, Any]) -> str:
-    return f"{row['model']}, {row['phase']}, {row['dtype']} {row['mode']}, batch {row['batch_size']}, {row['device']}"
+    return f"{row['model']}, {row['phase']}, {row['dtype']}, batch {row['batch_size']}, {row['device']}"
 
 
 def _pyplot() -> Any:
@@ -411,10 +455,10 @@ def _save(figure: Any, file: Path) -> None:
 def settings(own: Namespace) -> list[Setting]:
     """Every combination that was asked for."""
     phases = ["inference", *(["train"] if own.train else []), *(["end_to_end"] if own.end_to_end else [])]
-    combinations = itertools.product(own.models, phases, own.modes, own.dtypes, own.batch_sizes)
+    combinations = itertools.product(own.device, own.models, phases, own.dtypes, own.batch_sizes)
     return [
-        Setting(model, phase, mode, dtype, batch, own.img_size or data_settings(model)["input_size"], own.device)
-        for model, phase, mode, dtype, batch in combinations
+        Setting(model, phase, dtype, batch, own.img_size or data_settings(model)["input_size"], device)
+        for device, model, phase, dtype, batch in combinations
     ]
 
 
@@ -431,9 +475,14 @@ def check(own: Namespace) -> None:
         raise UserError("--batch_sizes and --threads must be at least 1, --rounds 3, --num_registers 0")
     if own.results and (not own.output_dir or own.no_native):
         raise UserError("--results is drawn over speed-ups against native: it needs --output_dir, and no --no_native")
-    if own.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that torch can use")
-    if own.clock == "cpu" and (own.threads != 1 or own.device != "cpu" or own.end_to_end):
+    for device in own.device:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise UserError(f"--device is cpu, cuda or cuda:INDEX, not {device!r}")
+        if device != "cpu" and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: this machine has no GPU that torch can use")
+    if "cudagraphs" in own.modes and "cpu" in own.device:
+        raise UserError("--modes cudagraphs is for a GPU: it needs --device cuda alone")
+    if own.clock == "cpu" and (own.threads != 1 or own.device != ["cpu"] or own.end_to_end):
         raise UserError("--clock cpu counts what one thread works: it needs --device cpu --threads 1, no --end_to_end")
     if own.dataset and not own.end_to_end:
         raise UserError("--dataset has no effect without --end_to_end")
@@ -444,8 +493,11 @@ def check(own: Namespace) -> None:
     planned = set()
     for setting in {(setting.model, setting.img_size) for setting in settings(own)}:
         found = contestants(native_model(setting[0], img_size=setting[1]), own)
-        planned |= {(setting[0], tuple(one.describe["tokens"])) for one in found if "tokens" in one.describe}
-    if own.results and not planned & {(row.model, tuple(row.values["tokens"])) for row in collect(own.results)}:
+        about = [one.describe for one in found if "tokens" in one.describe]
+        planned |= {merges_as(setting[0], one["merge"], one["tokens"]) for one in about}
+    if own.results and not planned & {
+        merges_as(row.model, row.merge, row.values["tokens"]) for row in collect(own.results)
+    }:
         raise UserError(UNTIMED)
 
 
@@ -463,8 +515,9 @@ def build_parser() -> Parser:
     add("--num_registers", nargs="+", type=int, default=[4], metavar="R")
     add("--batch_sizes", nargs="+", type=int, default=[8], metavar="B")
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp32"], help="of weights, in training of autocast")
-    add("--modes", nargs="+", choices=MODES, default=["eager"], help="eager, compiled")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    add("--modes", nargs="+", choices=tuple(MODES), default=["eager"], help=", ".join(MODES))
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", nargs="+", default=[gpu], help="cpu, cuda; default: a GPU if there is one")
     add("--img_size", type=int, metavar="PIXELS", help="default: the model's")
     add("--rounds", type=int, default=20, metavar="N", help="turns of each model (default: 20)")
     add("--threads", type=int, metavar="N", help="of a CPU")
@@ -472,6 +525,7 @@ def build_parser() -> Parser:
     add("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--train", action="store_true", help="also a training step: forward, backward, AdamW")
     parser.add_argument("--end_to_end", action="store_true", help="also with the data loader")
+    parser.add_argument("--profile", action="store_true", help="also time operator by operator, beside the ideal")
     parser.add_argument("--no_native", action="store_true", help="leave out timm's model, and the ratios to it")
     parser.add_argument("--no_ideal", action="store_true", help="leave out the ideal, and the ratios to it")
     add("--dataset", help="with --end_to_end: main.py's --dataset")
@@ -492,18 +546,17 @@ def run(own: Namespace) -> None:
     for setting in settings(own):
         measured = measure(setting, own)
         log(table(measured) + "\n")
+        for text in overheads(measured):
+            log(text + "\n")
         rows += measured
     if folder is None:
         return
-    device = (
-        torch.cuda.get_device_name() if own.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
-    )
+    device = " and ".join(device_name(torch.device(name)) for name in own.device)
     options = {key: value for key, value in vars(own).items() if not callable(value)}
     result = {"device": device, "versions": versions(), "git": git_revision(), "options": options, "rows": rows}
     write_json(folder / "benchmark.json", json.loads(json.dumps(result, default=str)))
-    (folder / "benchmark.txt").write_text(
-        f"{device}, torch {torch.__version__}, {own.rounds} rounds, {own.clock} clock\n\n{table(rows)}\n"
-    )
+    head = f"{device}, torch {torch.__version__}, {own.rounds} rounds, {own.clock} clock"
+    (folder / "benchmark.txt").write_text("\n\n".join([head, table(rows), *overheads(rows)]) + "\n")
     plot_speed(rows, folder / "speed.png")
     if own.results:
         plot_pareto(rows, own.results, folder / "pareto.png")

@@ -26,11 +26,12 @@ COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#e29e21", "#7a5195", "#4d4d4d")
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule of one result.json: `values` is the row as it stands there."""
+    """One schedule of one result.json: `values` is the row as it stands there, `merge` that of the whole file."""
 
     label: str
     model: str
     device: str
+    merge: dict[str, Any]
     values: dict[str, Any]
 
 
@@ -87,7 +88,8 @@ def read_rows(file: Path, label: str) -> list[Row]:
     """
     try:
         result = json.loads(file.read_text())
-        rows = [Row(label, result["model"], str(result.get("device", "")), dict(row)) for row in result["rows"]]
+        common = (label, result["model"], str(result.get("device", "")), dict(result.get("merge") or {}))
+        rows = [Row(*common, dict(row)) for row in result["rows"]]
         for row in rows:
             row.values["r"], row.values["tokens"][-1], float(row.values["acc1"]), float(row.values["gmacs"])
     except (OSError, UnicodeDecodeError) as error:

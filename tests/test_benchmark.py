@@ -147,7 +147,7 @@ def test_all_phases_are_measured_saved_and_drawn(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "benchmark.txt").is_file() and (tmp_path / "speed.png").stat().st_size > 1000
 
 
-def test_bf16_and_compiled_are_settings_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_dtypes_are_settings_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = [*TINY, "--methods", "tome", "--dtypes", "fp32", "bf16", "--no_native", "--output_dir", str(tmp_path)]
     assert main(argv) == 0
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
@@ -156,21 +156,59 @@ def test_bf16_and_compiled_are_settings_of_their_own(capsys: pytest.CaptureFixtu
     assert "x native" not in capsys.readouterr().out
 
 
-def result_file(folder: Path, r: str, tokens: list[int], acc1: float) -> Path:
+def test_modes_take_turns_and_compiled_is_compared_with_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def compiler(module: Any, **options: Any) -> Any:
+        asked.append(options)
+        return module
+
+    monkeypatch.setattr("run.benchmark.compile_model", compiler)
+    argv = [*TINY, "--methods", "tome", "--modes", "eager", "compiled", "--profile", "--output_dir", str(tmp_path)]
+    assert main(argv) == 0
+    assert asked == [{"dynamic": False, "fullgraph": True}] * 3
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["eager"] * 3 + ["compiled"] * 3
+    tome = [row for row in rows if row["name"].startswith("tome")]
+    assert tome[0]["ratio_eager_ideal"] is None and tome[1]["ratio_eager_ideal"] is not None
+    assert all((row["ratio_eager_native"] is None) == (row["mode"] == "eager") for row in rows)
+    # what merging does and slicing does not
+    assert "aten::sort" in tome[0]["operators"] and "aten::sort" not in rows[2]["operators"]
+    text = (tmp_path / "benchmark.txt").read_text()
+    assert "of eager ideal" in text and text.count("all operators") == 2
+
+
+def test_eager_alone_is_compared_with_nothing_that_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("run.benchmark.compile_model", lambda module, **options: module)
+    assert main([*TINY, "--methods", "tome", "--modes", "compiled", "--output_dir", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert all(row["ratio_eager_native"] is None and row["ratio_native"] is not None for row in rows)
+
+
+TOME = MergeConfig(r=8).as_dict()
+
+
+def result_file(folder: Path, r: str, tokens: list[int], acc1: float, merge: dict[str, Any]) -> Path:
     folder.mkdir()
     row = {"r": r, "tokens": tokens, "gmacs": 0.03, "acc1": acc1}
-    (folder / "result.json").write_text(json.dumps({"model": "deit_digits", "rows": [row]}))
+    (folder / "result.json").write_text(json.dumps({"model": "deit_digits", "merge": merge, "rows": [row]}))
     return folder
 
 
-def test_accuracies_are_joined_by_model_and_tokens(tmp_path: Path) -> None:
+def test_accuracies_are_joined_by_model_tokens_and_method(tmp_path: Path) -> None:
     tokens = [57, 49, 41, 33, 25, 17]
-    place = result_file(tmp_path / "eval", "8", tokens, 91.5)
+    place = result_file(tmp_path / "eval", "8", tokens, 91.5, json.loads(json.dumps(TOME | {"r": 4})))
     setting = {"model": "deit_digits", "phase": "inference", "dtype": "fp32", "mode": "eager", "batch_size": 2}
     row = setting | {"device": "cpu", "name": "tome r=8 +0", "method": "tome", "r": "8", "tokens": tokens}
-    row |= {"ratio_native": {"median": 1.5}}
+    row |= {"ratio_native": {"median": 1.5}, "merge": TOME}
     ((group, label, speed, accuracy),) = match_accuracies([row], [str(place)])
     assert (label, speed, accuracy) == ("r=8", 1.5, 91.5) and group.startswith("eval, tome")
+    other = MergeConfig(r=8, prop_attn=False).as_dict()  # the same tokens, other accuracies
+    with pytest.raises(UserError, match="timed in this run"):
+        match_accuracies([row | {"merge": other}], [str(place)])
+    dense = [65] * 6
+    place = result_file(tmp_path / "dense", "0", dense, 93, MergeConfig(method="none").as_dict())
+    assert match_accuracies([row | {"tokens": dense}], [str(place)])[0][3] == 93
     with pytest.raises(UserError, match="timed in this run"):
         match_accuracies([row | {"ratio_native": None}], [str(place)])
     with pytest.raises(UserError, match="timed in this run"):
@@ -180,14 +218,14 @@ def test_accuracies_are_joined_by_model_and_tokens(tmp_path: Path) -> None:
 def test_accuracies_of_something_else_are_refused_before_anything_is_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = result_file(tmp_path / "eval", "8", [57, 49, 41], 91.5)
+    place = result_file(tmp_path / "eval", "8", [57, 49, 41], 91.5, TOME)
     assert main([*TINY, "--methods", "tome", "--results", str(place), "--output_dir", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert "no row of --results" in captured.err and captured.out == ""
 
 
 def test_pareto_plot(tmp_path: Path) -> None:
-    place = result_file(tmp_path / "eval", "8", [57, 49, 41, 33, 25, 17], 91.5)
+    place = result_file(tmp_path / "eval", "8", [57, 49, 41, 33, 25, 17], 91.5, TOME)
     argv = [*TINY, "--methods", "tome", "--num_registers", "0", "--no_ideal", "--results", str(place)]
     assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 1000
@@ -207,6 +245,8 @@ def test_pareto_plot(tmp_path: Path) -> None:
         (["--dataset", "DIGITS"], "--end_to_end"),
         (["--end_to_end"], "--dataset"),
         (["--clock", "cpu", "--threads", "2"], "--threads 1"),
+        (["--modes", "cudagraphs"], "GPU"),
+        (["--device", "gpu"], "cuda"),
         (["--batches", "3"], "--batch_sizes"),
     ],
 )
