@@ -53,8 +53,7 @@ def export_program(model: MergingViT, images: Tensor, dynamic: bool = True) -> E
     model = model.eval()
     shapes = ({0: Dim("batch", min=1, max=MAX_BATCH)},) if dynamic else None
     with torch.no_grad():
-        # strict tracing reads the code, where the other way would take len(x) of a batch as a constant
-        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=dynamic)
+        return torch.export.export(model, (images,), dynamic_shapes=shapes)
 
 
 def export_onnx(model: MergingViT, images: Tensor, file: Path, dynamic: bool = True) -> ExportedProgram:

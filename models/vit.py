@@ -280,15 +280,15 @@ class MergingViT(VisionTransformer):
         parts = [x[:, :prefix], x[:, prefix:]]
         entering = 0
         if layer == self.class_layer and self.cls_token is not None:
-            parts.insert(0, self._prefix_tokens(0, self.num_class_tokens, len(x)))
+            parts.insert(0, self._prefix_tokens(0, self.num_class_tokens, x.shape[0]))
             entering += self.num_class_tokens
         if layer == self.register_layer and self.reg_token is not None:
             # class tokens that are here already stay in front of the registers
-            parts.insert(len(parts) - 1, self._prefix_tokens(self.num_class_tokens, self.num_prefix_tokens, len(x)))
+            parts.insert(len(parts) - 1, self._prefix_tokens(self.num_class_tokens, self.num_prefix_tokens, x.shape[0]))
             entering += self.num_registers
         if not entering:
             return x, size, prefix
-        ones = size.new_ones(len(x), entering)
+        ones = size.new_ones(x.shape[0], entering)
         parts = [part for part in parts if part.shape[1]]
         # all prefix sizes are 1, so new ones may go in front whatever the order
         return torch.cat(parts, dim=1), torch.cat((ones, size), dim=1), prefix + entering

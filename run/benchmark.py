@@ -2,7 +2,8 @@
 
 python run/benchmark.py --models deit_small --methods tome mctf --r 16 --num_registers 4 --batch_sizes 16 --rounds 20
 python run/benchmark.py --models deit_base --dtypes bf16 --modes eager compiled --batch_sizes 1 32 256 --device cuda
-python run/benchmark.py --train --results output/eval_deit_s_tome --output_dir output/speed
+python run/benchmark.py --phases train --models deit_small --batch_sizes 32
+python run/benchmark.py --models deit_small --results output/eval_deit_s_tome --output_dir output/speed
 
 *native* is timm's own dense model with fused attention, *ideal* the same data flow whose tokens are dropped by slicing,
 so that matching and merging cost nothing. All models of a setting (model, batch size, dtype, device, phase), eager and
@@ -60,6 +61,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "mctf_max": {"method": "mctf", "pooling": "max"},
     "lgtm": {"method": "lgtm"},
     "none": {"method": "none", "r": 0},
+}
+PHASES = {
+    "inference": "the forward alone",
+    "train": "a step of forward, backward and AdamW",
+    "end_to_end": "a pass over a data set, with its loader",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # name -> keywords of torch.compile; cudagraphs replays the whole forward, which is for small batches on a GPU
@@ -454,8 +460,7 @@ def _save(figure: Any, file: Path) -> None:
 
 def settings(own: Namespace) -> list[Setting]:
     """Every combination that was asked for."""
-    phases = ["inference", *(["train"] if own.train else []), *(["end_to_end"] if own.end_to_end else [])]
-    combinations = itertools.product(own.device, own.models, phases, own.dtypes, own.batch_sizes)
+    combinations = itertools.product(own.device, own.models, own.phases, own.dtypes, own.batch_sizes)
     return [
         Setting(model, phase, dtype, batch, own.img_size or data_settings(model)["input_size"], device)
         for device, model, phase, dtype, batch in combinations
@@ -482,12 +487,12 @@ def check(own: Namespace) -> None:
             raise UserError(f"--device {device}: this machine has no GPU that torch can use")
     if "cudagraphs" in own.modes and "cpu" in own.device:
         raise UserError("--modes cudagraphs is for a GPU: it needs --device cuda alone")
-    if own.clock == "cpu" and (own.threads != 1 or own.device != ["cpu"] or own.end_to_end):
-        raise UserError("--clock cpu counts what one thread works: it needs --device cpu --threads 1, no --end_to_end")
-    if own.dataset and not own.end_to_end:
-        raise UserError("--dataset has no effect without --end_to_end")
-    if own.end_to_end and not own.dataset:
-        raise UserError("--end_to_end reads images; name them with --dataset (and --data_path)")
+    if own.clock == "cpu" and (own.threads != 1 or own.device != ["cpu"] or "end_to_end" in own.phases):
+        raise UserError("--clock cpu counts what one thread works: it needs --device cpu --threads 1, no end_to_end")
+    if own.dataset and "end_to_end" not in own.phases:
+        raise UserError("--dataset has no effect without --phases end_to_end")
+    if "end_to_end" in own.phases and not own.dataset:
+        raise UserError("--phases end_to_end reads images; name them with --dataset (and --data_path)")
     for name in own.models:
         check_name(name)
     planned = set()
@@ -515,6 +520,13 @@ def build_parser() -> Parser:
     add("--num_registers", nargs="+", type=int, default=[4], metavar="R")
     add("--batch_sizes", nargs="+", type=int, default=[8], metavar="B")
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp32"], help="of weights, in training of autocast")
+    add(
+        "--phases",
+        nargs="+",
+        choices=PHASES,
+        default=["inference"],
+        help="; ".join(f"{k}: {v}" for k, v in PHASES.items()),
+    )
     add("--modes", nargs="+", choices=tuple(MODES), default=["eager"], help=", ".join(MODES))
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", nargs="+", default=[gpu], help="cpu, cuda; default: a GPU if there is one")
@@ -523,14 +535,12 @@ def build_parser() -> Parser:
     add("--threads", type=int, metavar="N", help="of a CPU")
     add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: time of this process alone, for a shared machine")
     add("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--train", action="store_true", help="also a training step: forward, backward, AdamW")
-    parser.add_argument("--end_to_end", action="store_true", help="also with the data loader")
     parser.add_argument("--profile", action="store_true", help="also time operator by operator, beside the ideal")
     parser.add_argument("--no_native", action="store_true", help="leave out timm's model, and the ratios to it")
     parser.add_argument("--no_ideal", action="store_true", help="leave out the ideal, and the ratios to it")
-    add("--dataset", help="with --end_to_end: main.py's --dataset")
+    add("--dataset", help="of end_to_end: main.py's --dataset")
     for flag, kind in (("--data_path", str), ("--num_workers", int), ("--limit", int)):
-        add(flag, type=kind, metavar="X", help="with --end_to_end: main.py's")
+        add(flag, type=kind, metavar="X", help="of end_to_end: main.py's")
     add("--results", nargs="+", metavar="[LABEL=]PLACE", help="result.json files: accuracies for pareto.png")
     add("--output_dir", metavar="DIR", help="save benchmark.json, benchmark.txt, speed.png, pareto.png")
     return parser

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import block_inputs, images, ours, randomise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import MergeConfig, UserError, create_model
 from models.ideal import ideal_model
@@ -114,22 +115,63 @@ def test_peak_memory_is_the_most_at_one_time() -> None:
     assert 12 * 2**20 <= peak_memory(Step(step, 1), CPU) < 12.1 * 2**20
 
 
-def test_a_training_step_of_a_merging_model_needs_less_memory() -> None:
-    def step_of(r: int) -> Step:
-        model = randomise(create_model("deit_digits", merge=MergeConfig(r=r))).train()
-        return Step(lambda: model(images(8)).sum().backward(), 8)
+@pytest.mark.parametrize("registers", [0, 4])
+def test_memory_of_a_training_step_falls_with_the_tokens(registers: int) -> None:
+    """What the forward keeps for the backward is in proportion to the tokens; attention's map would make it more."""
 
-    dense, merged = (peak_memory(step_of(r), CPU) for r in (0, 10))
-    assert merged < 0.75 * dense
+    def kept(r: int) -> tuple[int, int]:
+        model = randomise(create_model("deit_digits", num_registers=registers, merge=MergeConfig(r=r))).train()
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+
+        def run() -> None:
+            model(images(32)).sum().backward()
+            model.zero_grad()
+
+        return peak_memory(Step(run, 32), CPU) - gradients, sum(model.plan().counts)
+
+    (dense, all_tokens), (merged, tokens) = kept(0), kept(9)
+    assert merged / dense < tokens / all_tokens + 0.1, (merged / dense, tokens / all_tokens)
+
+
+class Shapes(TorchDispatchMode):
+    """Remembers the shapes of all tensors that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor):
+                self.seen.add(tuple(value.shape))
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("merge", "maps"),
+    [
+        ({"r": 3}, False),
+        ({"method": "lgtm", "r": 2, "dense_layers": 0}, False),
+        ({"method": "mctf", "r": 3, "min_tokens": 4}, True),
+    ],
+)
+def test_only_mctf_makes_a_map_of_all_tokens(merge: dict[str, Any], maps: bool, training: bool) -> None:
+    model = ours(MergeConfig(**merge), num_registers=2).train(training)
+    with Shapes() as shapes:
+        model(images(2)).sum().backward()
+    counts = {19} | set(model.plan().counts)  # 16 patches, 1 class token, 2 registers at first
+    assert maps == any(len(shape) > 2 and shape[-1] == shape[-2] and shape[-1] in counts for shape in shapes.seen)
 
 
 # The program
 
 
 def test_all_phases_are_measured_saved_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ["--end_to_end", "--dataset", "DIGITS", "--limit", "8", "--num_workers", "0"]
+    data = ["--phases", "inference", "train", "end_to_end", "--dataset", "DIGITS", "--limit", "8", "--num_workers", "0"]
     methods = ["--methods", "tome", "mctf", "--num_registers", "0", "2"]
-    assert main([*TINY, *methods, "--train", *data, "--output_dir", str(tmp_path)]) == 0
+    assert main([*TINY, *methods, *data, "--output_dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "of ideal" in shown and "x native" in shown
     saved = json.loads((tmp_path / "benchmark.json").read_text())
@@ -242,8 +284,9 @@ def test_pareto_plot(tmp_path: Path) -> None:
         (["--methods", "mctf_fast"], "block 9"),
         (["--results", "nowhere"], "--output_dir"),
         (["--results", "nowhere", "--output_dir", "x", "--no_native"], "--no_native"),
-        (["--dataset", "DIGITS"], "--end_to_end"),
-        (["--end_to_end"], "--dataset"),
+        (["--dataset", "DIGITS"], "end_to_end"),
+        (["--phases", "end_to_end"], "--dataset"),
+        (["--phases", "training"], "inference"),
         (["--clock", "cpu", "--threads", "2"], "--threads 1"),
         (["--modes", "cudagraphs"], "GPU"),
         (["--device", "gpu"], "cuda"),
