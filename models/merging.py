@@ -71,7 +71,6 @@ def match_scores(
     first_round = r // 2 if two_way else r
     order, choice = propose(scores, first_round, sets)
     merged, survivors = order[:, :first_round], order[:, first_round:].sort(dim=-1).values
-    choice = choice.gather(1, merged)
     if not two_way:
         return _one_way(merged, survivors, choice, scores.shape[2], prefix)
     left = unmerge(scores, survivors).transpose(1, 2)
@@ -81,11 +80,15 @@ def match_scores(
 
 
 def propose(scores: Tensor, r: int, windows: Windows | None = None) -> tuple[Tensor, Tensor]:
-    """Every proposer's best choice: proposers (B,S) from best to worst pair, and the choice (B,S) of each."""
+    """Every proposer's best pair: proposers (B,S) from best to worst, and the choices (B,r) of the first r.
+
+    Choices are looked up for those r alone: an argmax takes several times as long as a maximum on a CPU.
+    """
     if windows is not None:
         return propose_inside(scores, r, windows)
-    best, choice = scores.max(dim=-1)
-    return best.argsort(dim=-1, descending=True), choice
+    order = scores.amax(dim=-1).argsort(dim=-1, descending=True)
+    rows = order[:, :r].unsqueeze(-1).expand(-1, -1, scores.shape[2])
+    return order, scores.gather(1, rows).argmax(dim=-1)
 
 
 def propose_inside(scores: Tensor, r: int, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -100,7 +103,8 @@ def propose_inside(scores: Tensor, r: int, windows: Windows) -> tuple[Tensor, Te
     best_of_all, choice_of_all = scores.max(dim=-1)
     order = torch.where(local, best, best_of_all).argsort(dim=-1, descending=True)
     locals_first = local.gather(1, order).int().argsort(dim=-1, descending=True, stable=True)
-    return order.gather(1, locals_first), torch.where(local, choice, choice_of_all)
+    order = order.gather(1, locals_first)
+    return order, torch.where(local, choice, choice_of_all).gather(1, order[:, :r])
 
 
 def rank_inside(best: Tensor, window: Tensor, count: int) -> Tensor:
@@ -137,7 +141,7 @@ def _two_way(
     moved, stay = order[:, :r], order[:, r:]
     keep = torch.cat((head, survivors * 2 + source, stay * 2 + destination), dim=1)
     own = torch.arange(prefix + kept, keep.shape[1], device=order.device).expand(batch, -1)
-    target = second_choice.gather(1, moved) + prefix
+    target = second_choice + prefix
     slot = torch.empty_like(order).scatter(1, order, torch.cat((target, own), dim=1))
     into = torch.cat((slot.gather(1, choice), target), dim=1)
     return Merge(keep, torch.cat((merged * 2 + source, moved * 2 + destination), dim=1), into)
