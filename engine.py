@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -436,30 +437,39 @@ def throughput(
     Returns:
         For each name median, q25 and q75, and the number of rounds.
     """
-    for run in runs.values():  # the second round of a model is the first without allocation and compilation
-        _seconds(run, images, precision)
-    once = sum(_seconds(run, images, precision) for run in runs.values())
-    rounds = int(min(100, max(5, seconds / max(once, 1e-9))))
+
+    def once(run: Callable[[Tensor], Tensor]) -> None:
+        with precision.autocast():
+            run(images)
+
+    calls = {name: partial(once, run) for name, run in runs.items()}
+    for call in calls.values():  # the second round of a model is the first without allocation and compilation
+        seconds_of(call, images.device, time.perf_counter)
+    a_round = sum(seconds_of(call, images.device, time.perf_counter) for call in calls.values())
+    rounds = int(min(100, max(5, seconds / max(a_round, 1e-9))))
     times = {name: [] for name in runs}  # type: dict[str, list[float]]
     for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(_seconds(run, images, precision))
-    return {name: _quartiles(len(images) / np.array(taken)) | {"rounds": rounds} for name, taken in times.items()}
+        for name, call in calls.items():
+            times[name].append(seconds_of(call, images.device, time.perf_counter))
+    return {name: quartiles(len(images) / np.array(taken)) | {"rounds": rounds} for name, taken in times.items()}
 
 
-def _seconds(run: Callable[[Tensor], Tensor], images: Tensor, precision: Precision) -> float:
-    cuda = images.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(images.device)
-    began = time.perf_counter()
-    with precision.autocast():
-        run(images)
-    if cuda:
-        torch.cuda.synchronize(images.device)
-    return time.perf_counter() - began
+def seconds_of(call: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call, a GPU's work included."""
+    _synchronize(device)
+    began = clock()
+    call()
+    _synchronize(device)
+    return clock() - began
 
 
-def _quartiles(values: np.ndarray) -> dict[str, float]:
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quartiles(values: np.ndarray) -> dict[str, float]:
+    """Median, q25 and q75."""
     q25, median, q75 = np.percentile(values, (25, 50, 75))
     return {"median": float(median), "q25": float(q25), "q75": float(q75)}
 

@@ -134,7 +134,8 @@ def merge_one_step_ahead(
     step = match_mctf(x, size, received, r, prefix, config)
     weight = pooling_weight(config.pooling, size, received)  # type: ignore[arg-type]
     plan = None if weight is None else pooling(step, weight)
-    x, size = max_tokens(x, step) if plan is None else pool_rows(x, plan), merge_sizes(size, step)
+    x = max_tokens(x, step) if plan is None else pool_rows(x, plan)
+    size = merge_sizes(size, step)
     y = block.norm1(x)
     v = project_v(attn, y)
     if plan is None:

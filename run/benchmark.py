@@ -41,6 +41,7 @@ if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import DataConfig, build_data, build_eval_loader
+from engine import quartiles, seconds_of
 from main import Parser, device_name, parse_args
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.gmacs import gmacs
@@ -223,26 +224,13 @@ def interleave(
     order, draw = list(steps), random.Random(seed)
     for _ in range(2):  # allocation and compilation
         for name in order:
-            seconds(steps[name], device, clock)
+            seconds_of(steps[name].run, device, clock)
     times: dict[Any, list[float]] = {name: [] for name in order}
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
-            times[name].append(seconds(steps[name], device, clock))
+            times[name].append(seconds_of(steps[name].run, device, clock))
     return {name: np.array(taken) for name, taken in times.items()}
-
-
-def seconds(step: Step, device: torch.device, clock: Callable[[], float]) -> float:
-    _synchronize(device)
-    began = clock()
-    step.run()
-    _synchronize(device)
-    return clock() - began
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ratio(times: dict[Any, np.ndarray], name: Any, reference: Any) -> dict[str, float] | None:
@@ -250,11 +238,6 @@ def ratio(times: dict[Any, np.ndarray], name: Any, reference: Any) -> dict[str, 
     if reference not in times or name not in times:
         return None
     return quartiles(times[reference] / times[name])
-
-
-def quartiles(values: np.ndarray) -> dict[str, float]:
-    q25, median, q75 = np.percentile(values, (25, 50, 75))
-    return {"median": float(median), "q25": float(q25), "q75": float(q75)}
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
@@ -296,9 +279,9 @@ def measure(setting: Setting, own: Namespace) -> list[dict[str, Any]]:
         row |= {"images_per_s": quartiles(steps[key].images / times[key]), "rounds": own.rounds}
         row["ratio_native"] = ratio(times, key, ("native", mode))
         row["ratio_ideal"] = ratio(times, key, (contestant.ideal, mode))
-        eager = mode != "eager"  # else it would be said twice
-        row["ratio_eager_native"] = ratio(times, key, ("native", "eager")) if eager else None
-        row["ratio_eager_ideal"] = ratio(times, key, (contestant.ideal, "eager")) if eager else None
+        eager = mode == "eager"  # its own mode's ratios would be said twice
+        row["ratio_eager_native"] = None if eager else ratio(times, key, ("native", "eager"))
+        row["ratio_eager_ideal"] = None if eager else ratio(times, key, (contestant.ideal, "eager"))
         # a loader's tensors are other processes'
         row["peak_memory"] = None if setting.phase == "end_to_end" else peak_memory(steps[key], device)
         if own.profile:
