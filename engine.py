@@ -24,19 +24,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Batch, EvalLoader, TrainLoader
+from distributed import Distributed, all_reduce_sum, any_rank, gather_names
 from models.errors import UserError
-from utils import (
-    Distributed,
-    Progress,
-    RunError,
-    StopSignal,
-    all_reduce_sum,
-    any_rank,
-    compile_model,
-    gather_names,
-    nearest,
-    seed_all,
-)
+from utils import Progress, RunError, StopSignal, compile_model, nearest, seed_all
 
 Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 

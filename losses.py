@@ -18,11 +18,12 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from checkpoint import load_checkpoint
+from distributed import all_reduce_sum
 from models import MergingViT, UserError
-from models.checkpoint import extract_state_dict, load_weights, unwrap_state_dict
 from models.registry import NAMES, create_model, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule
-from utils import all_reduce_sum, load_checkpoint
+from models.weights import extract_state_dict, load_weights, unwrap_state_dict
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 

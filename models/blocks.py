@@ -12,8 +12,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from models.criteria import attention_received, match_mctf, pooling_weight
-from models.merging import (
+from .criteria import attention_received, match_mctf, pooling_weight
+from .merging import (
     Merge,
     compose,
     cosine_scores,
@@ -29,7 +29,7 @@ from models.merging import (
     pooling,
     unmerge,
 )
-from models.schedule import MergeConfig
+from .schedule import MergeConfig
 
 
 class BlockOutput(NamedTuple):

@@ -6,8 +6,8 @@ Shapes: B batch, N tokens, n patches at the input, M tokens left, P prefix token
 import torch
 from torch import Tensor
 
-from models.merging import Merge, cosine_scores, match_scores, split_sets
-from models.schedule import MergeConfig
+from .merging import Merge, cosine_scores, match_scores, split_sets
+from .schedule import MergeConfig
 
 # attention received may underflow; a token is divided by it, and a group of such tokens still needs a weight
 _LEAST_ATTENTION = 1e-20

@@ -16,12 +16,12 @@ from timm.models import register_model
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from models.checkpoint import load_weights
-from models.errors import UserError
-from models.registry import create_model
-from models.scatter_free import scatter_free
-from models.schedule import MergeConfig
-from models.vit import MergingViT
+from .errors import UserError
+from .registry import create_model
+from .scatter_free import scatter_free
+from .schedule import MergeConfig
+from .vit import MergingViT
+from .weights import load_weights
 
 ARCHITECTURE = "regtome"
 MAX_BATCH = 4096

@@ -12,8 +12,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from models.schedule import MergeConfig, TokenPlan
-from models.vit import MergingViT
+from .schedule import MergeConfig, TokenPlan
+from .vit import MergingViT
 
 
 def gmacs(model: MergingViT, r: Any = None, img: int | tuple[int, int] | None = None) -> float:

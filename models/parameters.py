@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from models.errors import UserError
-from models.vit import MergingViT
+from .errors import UserError
+from .vit import MergingViT
 
 TRAIN_ONLY = ("all", "registers_head", "head")
 

@@ -15,9 +15,9 @@ from timm.models import is_model_in_modules, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models.errors import UserError
-from models.schedule import MergeConfig
-from models.vit import MergingViT, apply_merging
+from .errors import UserError
+from .schedule import MergeConfig
+from .vit import MergingViT, apply_merging
 
 # Ours -> timm's. The rows of published models; weights come from timm's entry of the second name.
 TIMM_NAMES = {

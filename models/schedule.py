@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from models.errors import UserError
+from .errors import UserError
 
 METHODS = ("none", "tome", "mctf", "lgtm")
 ONE_STEP_AHEAD = ("off", "on", "precise")

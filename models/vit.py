@@ -14,11 +14,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import BlockOutput, Local, run_block
-from models.criteria import first_patch, window_of
-from models.errors import UserError
-from models.merging import group_map
-from models.schedule import MergeConfig, TokenPlan, token_plan, warn_if_clamped
+from .blocks import BlockOutput, Local, run_block
+from .criteria import first_patch, window_of
+from .errors import UserError
+from .merging import group_map
+from .schedule import MergeConfig, TokenPlan, token_plan, warn_if_clamped
 
 
 class MergeOutput(NamedTuple):

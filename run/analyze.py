@@ -18,18 +18,23 @@ from pathlib import Path
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from main import Parser, underscored
+from distributed import close_distributed
 from models import UserError
-from utils import RunError, close_distributed
+from options import Parser, underscored
+from utils import RunError
+
+INSTRUMENTS = (
+    *("attention", "dynamics_command", "lost_command", "norms", "probes_command", "report", "similarity", "ttr"),
+)
 
 
 def build_parser() -> Parser:
-    """One sub-command per instrument: each module run/_analyze_*.py adds its own by `add_parser(subparsers)`."""
+    """One sub-command per instrument: each of `INSTRUMENTS` adds its own by `add_parser(subparsers)`."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="analyze.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for file in sorted(Path(__file__).parent.glob("_analyze_*.py")):
-        importlib.import_module(f"run.{file.stem}").add_parser(subparsers)
+    for name in INSTRUMENTS:
+        importlib.import_module(f"analysis.{name}").add_parser(subparsers)
     return parser
 
 

@@ -40,15 +40,16 @@ from torch.profiler import ProfilerActivity, profile
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis.ideal import ideal_model
+from analysis.operators import operator_times, overhead_table
+from build import device_name
 from datasets import DataConfig, build_data, build_eval_loader
 from engine import quartiles, seconds_of
-from main import Parser, device_name, parse_args
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.gmacs import gmacs
-from models.ideal import ideal_model
 from models.registry import check_name, data_settings, native_model
 from models.schedule import format_schedule
-from run._operators import operator_times, overhead_table
+from options import Parser, parse_args
 from run.results import COLOURS, collect, pareto
 from utils import compile_model, git_revision, log, nearest, seed_all, setup_output, versions, write_json
 

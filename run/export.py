@@ -22,10 +22,11 @@ import torch
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from main import Parser, Weights, build_config, build_model, parse_args
+from build import Weights, build_config, build_model
 from models import MergingViT, UserError
 from models.exporting import Agreement, compare, export_onnx, export_program, load_folder, onnx_session, save_folder
 from models.registry import data_settings
+from options import Parser, parse_args
 from utils import log, seed_all
 
 TOLERANCE = 1e-3  # of logits; a near tie that falls the other way moves them more

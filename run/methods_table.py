@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import main as cli
+import options
+from checkpoint import load_checkpoint
 from datasets import DataConfig, build_data, build_eval_loader
+from distributed import Distributed
 from engine import build_precision, evaluate
 from models import MergeConfig, MergingViT, UserError, apply_merging, create_model
-from models.checkpoint import extract_state_dict, load_weights
 from models.gmacs import gmacs
 from models.registry import data_settings
-from utils import Distributed, load_checkpoint, log, write_json
+from models.weights import extract_state_dict, load_weights
+from utils import log, write_json
 
 BLOCKS = tuple(range(1, 12))
 ROWS: dict[str, MergeConfig] = {
@@ -57,16 +59,16 @@ class Variants(nn.Module):
         return self.models[self.index[r]](images)
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="methods_table.py", description=__doc__, allow_abbrev=False)
+def build_parser() -> options.Parser:
+    parser = options.Parser(prog="methods_table.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--data_path", required=True, help="folder with val/CLASS/*")
     parser.add_argument("--dataset", default="IMNET")
     parser.add_argument("--model", default="deit_tiny")
     parser.add_argument("--weights", required=True, help="checkpoint of the dense model")
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name starts with one of these")
-    parser.add_argument("--limit", type=cli.positive)
-    parser.add_argument("--batch_size", type=cli.positive, default=64)
-    parser.add_argument("--num_workers", type=cli.count, default=2)
+    parser.add_argument("--limit", type=options.positive)
+    parser.add_argument("--batch_size", type=options.positive, default=64)
+    parser.add_argument("--num_workers", type=options.count, default=2)
     parser.add_argument("--device", default=None)
     parser.add_argument("--amp", choices=("bf16", "fp16", "none"), default="none")
     parser.add_argument("--out", help="file to write, with .json and .md")
@@ -77,7 +79,9 @@ def table(argv: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of the table, measured."""
     args = build_parser().parse(argv)
     rows = {k: v for k, v in ROWS.items() if not args.rows or k == "dense" or k.startswith(tuple(args.rows))}
-    settings = cli.parse_args(["--eval", "--dataset", args.dataset, "--data_path", args.data_path, "--no_pretrained"])
+    settings = options.parse_args(
+        ["--eval", "--dataset", args.dataset, "--data_path", args.data_path, "--no_pretrained"]
+    )
     for name in ("limit", "batch_size", "num_workers", "device", "amp"):
         setattr(settings, name, getattr(args, name))
     dist = Distributed(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))

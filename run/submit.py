@@ -36,7 +36,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_lo
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import build
 import main as program
+import options
 from datasets import data_root, missing_data
 from models import UserError, create_model
 from utils import setup_output
@@ -177,9 +179,9 @@ def slurm_state(job_id: str) -> str:
 # Before the job
 
 
-def build_parser() -> program.Parser:
+def build_parser() -> options.Parser:
     """Flags of submit.py, those before --."""
-    parser = program.Parser(
+    parser = options.Parser(
         prog="submit.py",
         usage="python run/submit.py [flags] -- [arguments of main.py]",
         description=__doc__,
@@ -188,17 +190,17 @@ def build_parser() -> program.Parser:
     )
     add = parser.add_argument
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: here; debug: in this process")
-    add("--nodes", type=program.positive, default=1)
-    add("--ngpus", type=program.count, default=8, help="GPUs per node, one process each; 0: on CPUs")
-    add("--tasks_per_node", type=program.positive, help="processes per node, with --ngpus 0 (default: 1)")
-    add("--timeout", type=program.positive, default=2880, metavar="MINUTES", help="then it saves and is requeued")
-    add("--max_timeouts", type=program.count, help="requeues after a time limit (default: 10); preemptions are free")
-    add("--signal_delay", type=program.positive, default=120, metavar="SECONDS", help="to save in, before the end")
+    add("--nodes", type=options.positive, default=1)
+    add("--ngpus", type=options.count, default=8, help="GPUs per node, one process each; 0: on CPUs")
+    add("--tasks_per_node", type=options.positive, help="processes per node, with --ngpus 0 (default: 1)")
+    add("--timeout", type=options.positive, default=2880, metavar="MINUTES", help="then it saves and is requeued")
+    add("--max_timeouts", type=options.count, help="requeues after a time limit (default: 10); preemptions are free")
+    add("--signal_delay", type=options.positive, default=120, metavar="SECONDS", help="to save in, before the end")
     add("--partition")
     add("--constraint", metavar="FEATURE", help="kind of node, such as volta32gb")
     add("--account")
     add("--mem", metavar="GB", help="per node, 80 or 80G or 500M (default: the cluster's)")
-    add("--cpus", type=program.positive, help="per process (default: --num_workers of main.py, at least 1)")
+    add("--cpus", type=options.positive, help="per process (default: --num_workers of main.py, at least 1)")
     add("--comment")
     add("--job_name", help="default: regtome")
     add("--sbatch", action="append", metavar="KEY=VALUE", help="any other option of sbatch, such as qos=high")
@@ -254,23 +256,23 @@ def complete(arguments: Sequence[str], args: Namespace) -> tuple[list[str], Name
         UserError: whatever main.py would refuse that can be found without the data.
     """
     arguments = list(arguments)
-    parsed = program.parse_args(arguments)
+    parsed = options.parse_args(arguments)
     if not parsed.output_dir:  # without one nothing is saved, and a requeued run would start anew
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{parsed.model or 'deit_small'}-{uuid.uuid4().hex[:4]}"
         arguments += ["--output_dir", str(Path("runs") / name)]
     if args.ngpus == 0 and parsed.device is None:
         arguments += ["--device", "cpu"]
-    parsed = program.parse_args(arguments)
+    parsed = options.parse_args(arguments)
     check_run(parsed, args.skip_data_check)
     return arguments, parsed
 
 
 def check_run(parsed: Namespace, skip_data: bool = False) -> None:
     """Raise UserError for a model, a merging, a checkpoint or a data path with which main.py could not start."""
-    program.merge_config(parsed)
-    weights = program.Weights(parsed, parsed.model)
-    config = program.build_config(parsed, weights.name)
-    merge = program.merge_config(parsed, weights.merge)
+    build.merge_config(parsed)
+    weights = build.Weights(parsed, parsed.model)
+    config = build.build_config(parsed, weights.name)
+    merge = build.merge_config(parsed, weights.merge)
     registers = {"num_registers": parsed.num_registers, "register_layer": parsed.register_layer or 0}
     if weights.state is None:  # else the checkpoint decides what fits
         create_model(weights.name, merge=merge, img_size=config.input_size, num_classes=10, **registers)

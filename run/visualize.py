@@ -32,22 +32,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis.pictures import Scale, State, block_states, draw_groups, draw_heat, draw_pairs, mean_colours, to_picture
+from analysis.walk import patch_grid
+from build import Weights, build_config, build_model, prepare
 from datasets import Data, DataConfig, build_transform, decode, unnormalise
-from main import Parser, Weights, build_config, build_model, parse_args, prepare
+from distributed import init_distributed
 from models import MergingViT, UserError
-from models.capture import patch_grid
-from models.pictures import (
-    Scale,
-    State,
-    block_states,
-    draw_groups,
-    draw_heat,
-    draw_pairs,
-    mean_colours,
-    to_picture,
-)
 from models.schedule import format_schedule
-from utils import init_distributed, log, seed_all, write_json
+from options import Parser, parse_args
+from utils import log, seed_all, write_json
 
 VIEWS = ("groups", "sizes", "pairs", "criteria")
 CRITERIA = ("attention", "size", "similarity")  # those that are drawn; --data_out has the others too

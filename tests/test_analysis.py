@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from models import MergeConfig, MergingViT, UserError
-from models.analysis import (
+from analysis.outliers import (
     BINS,
     CosineHistogram,
     GroupCosines,
@@ -29,7 +28,8 @@ from models.analysis import (
     per_patch,
     spread_metrics,
 )
-from models.capture import attention, walk
+from analysis.walk import attention, walk
+from models import MergeConfig, MergingViT, UserError
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -117,16 +117,16 @@ def test_a_map_on_the_grid_keeps_its_mass_under_merging() -> None:
     model, images = make(num_registers=2, r=9)
     for layer in walk(model, images):
         maps = attention(layer)
-        grid = per_patch(maps[:, :, : layer.prefix], layer)
+        grid = per_patch(maps[:, :, : layer.num_prefix_tokens], layer)
         assert grid.shape == (2, 3, 3, 8, 8)
-        mass = mass_by_kind(maps[:, :, : layer.prefix], layer)
+        mass = mass_by_kind(maps[:, :, : layer.num_prefix_tokens], layer)
         torch.testing.assert_close(grid.sum(dim=(-2, -1)), mass["patches"])
         torch.testing.assert_close(sum(mass.values()), torch.ones(2, 3, 3))
         torch.testing.assert_close(mass["registers"], maps[:, :, :3, 1:3].sum(dim=-1))
         for b, patch in ((0, 5), (1, 60)):
-            token = layer.group_in[b, patch]
-            members = (layer.group_in[b] == token).sum()
-            expected = maps[b, 1, 0, layer.prefix + token] / members
+            token = layer.before.group[b, patch]
+            members = (layer.before.group[b] == token).sum()
+            expected = maps[b, 1, 0, layer.num_prefix_tokens + token] / members
             torch.testing.assert_close(grid[b, 1, 0, patch // 8, patch % 8], expected)
 
 
@@ -136,7 +136,7 @@ def test_rows_of_single_patches_are_those_of_their_tokens() -> None:
     maps = attention(layer)
     rows = patch_rows(maps, layer, [(0, 0), (3, 7)])
     for b in range(2):
-        token = layer.prefix + layer.group_in[b, 3 * 8 + 7]
+        token = layer.num_prefix_tokens + layer.before.group[b, 3 * 8 + 7]
         assert torch.equal(rows[b, :, 1], maps[b, :, token])
 
 
@@ -175,8 +175,8 @@ def test_rollout_shares_out_everything(options: dict[str, Any]) -> None:
     for layer in walk(model, images):
         rollout.add(layer, attention(layer))
         assert rollout.rows is not None
-        torch.testing.assert_close(rollout.rows.sum(dim=-1), torch.ones(2, layer.x_out.shape[1]))
-        total = layer.prefix + 64
+        torch.testing.assert_close(rollout.rows.sum(dim=-1), torch.ones(2, layer.after.x.shape[1]))
+        total = layer.num_prefix_tokens + 64
     assert rollout.rows.shape[-1] == total
     assert rollout.to_patches((8, 8)).shape == (2, 8, 8)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import run._inputs as inputs
+import analysis.command as inputs
 import run.analyze as analyze
 from models import UserError, create_model
 from models.registry import OWN_SIZES

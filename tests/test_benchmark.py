@@ -11,8 +11,8 @@ import torch
 from tiny import block_inputs, images, ours, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from analysis.ideal import ideal_model
 from models import MergeConfig, UserError, create_model
-from models.ideal import ideal_model
 from run.benchmark import Step, interleave, main, match_accuracies, peak_memory, ratio
 
 CPU = torch.device("cpu")

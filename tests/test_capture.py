@@ -9,9 +9,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from analysis.walk import allow_any_size, attention, final, patch_grid, qkv, to_grid, token_kinds, walk
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.blocks import join_heads, project_out
-from models.capture import allow_any_size, attention, final, patch_grid, qkv, to_grid, token_kinds, walk
 
 TOY: dict[str, Any] = dict(image_size=32, patch_size=4, num_classes=5, dim=24, depth=4, heads=3, mlp_dim=48)
 CASES = {
@@ -42,15 +42,15 @@ def test_a_walk_ends_where_the_forward_does(name: str) -> None:
     with torch.no_grad():
         out = model(images, trace=True)
     assert torch.equal(final(model, layers[-1]), out.tokens)
-    assert torch.equal(layers[-1].size_out, out.size)
-    assert [layer.x_out.shape[1] for layer in layers] == list(out.counts)
+    assert torch.equal(layers[-1].after.size, out.size)
+    assert [layer.after.x.shape[1] for layer in layers] == list(out.counts)
     for layer, group in zip(layers, out.groups, strict=True):
-        assert torch.equal(layer.group_out, group)
-        assert len(layer.kinds) == layer.prefix
-        assert layer.x_in.shape[1] - layer.prefix == int(layer.group_in.max()) + 1
+        assert torch.equal(layer.after.group, group)
+        assert len(layer.token_types) == layer.num_prefix_tokens
+        assert layer.before.x.shape[1] - layer.num_prefix_tokens == int(layer.before.group.max()) + 1
     for before, after in itertools.pairwise(layers):
-        assert torch.equal(before.group_out, after.group_in)
-        assert torch.equal(before.x_out[:, before.prefix :], after.x_in[:, after.prefix :])
+        assert torch.equal(before.after.group, after.before.group)
+        assert torch.equal(before.after.x[:, before.num_prefix_tokens :], after.before.x[:, after.num_prefix_tokens :])
 
 
 @pytest.mark.parametrize("name", ["registers", "late", "mctf off"])
@@ -59,12 +59,12 @@ def test_the_map_is_the_one_the_block_attends_with(name: str) -> None:
     for layer in walk(model, images):
         block, maps = layer.block, attention(layer)
         torch.testing.assert_close(maps.sum(dim=-1), torch.ones(maps.shape[:3]))
-        normed = block.norm1(layer.x_in)
+        normed = block.norm1(layer.before.x)
         fused = project_out(block.attn, normed, join_heads(maps @ qkv(layer)[2]))
-        if layer.step is None:
-            x = layer.x_in + fused
-            torch.testing.assert_close(x + block.mlp(block.norm2(x)), layer.x_out, atol=1e-4, rtol=1e-4)
-        if (layer.size_in > 1).any():
+        if layer.merge is None:
+            x = layer.before.x + fused
+            torch.testing.assert_close(x + block.mlp(block.norm2(x)), layer.after.x, atol=1e-4, rtol=1e-4)
+        if (layer.before.size > 1).any():
             assert layer.bias is not None and layer.bias.max() > 0  # it counts merged tokens by their size
         plain = block.attn(normed) if layer.bias is None else block.attn(normed, attn_mask=layer.bias)
         torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
@@ -73,9 +73,9 @@ def test_the_map_is_the_one_the_block_attends_with(name: str) -> None:
 def test_a_walk_leaves_gradients_and_schedule_alone() -> None:
     model, images = make("registers")
     for layer in walk(model, images, r=0):
-        assert torch.is_grad_enabled() and not layer.x_out.requires_grad
-        assert layer.x_out.shape[1] == 64 + 5
-    assert list(walk(model, images))[-1].x_out.shape[1] == 64 + 5 - 4 * 5
+        assert torch.is_grad_enabled() and not layer.after.x.requires_grad
+        assert layer.after.x.shape[1] == 64 + 5
+    assert list(walk(model, images))[-1].after.x.shape[1] == 64 + 5 - 4 * 5
 
 
 def test_values_go_back_to_their_patches() -> None:

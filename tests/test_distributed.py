@@ -23,11 +23,13 @@ from tiny import ours
 from torch import Tensor
 
 import main
+import options
 from datasets import Batch, DataConfig, build_data, build_eval_loader
+from distributed import Distributed, close_distributed, init_distributed
 from engine import BadImages, EpochLog, Scores, evaluate
 from models import MergeConfig
 from run.kill_test import checkpoint, log_lines
-from utils import Distributed, StopSignal, close_distributed, init_distributed
+from utils import StopSignal
 
 ROOT = Path(main.__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
@@ -107,7 +109,7 @@ def one_step(case: str, dist: Distributed) -> dict[str, dict[str, Tensor]]:
 
 
 def scores_of(limit: int, dist: Distributed) -> Scores:
-    args = main.parse_args(digits("--eval", "--batch_size", 32, limit=limit))
+    args = options.parse_args(digits("--eval", "--batch_size", 32, limit=limit))
     data = build_data(args, DataConfig(input_size=32))
     model = ours(MergeConfig(method="tome", r=2))
     loader = build_eval_loader(args, data.val, dist.rank, dist.world)

@@ -8,8 +8,8 @@ import tiny
 import torch
 
 import run.analyze as analyze
+from analysis import register_dynamics as rd
 from models import MergeConfig, UserError
-from models import register_dynamics as rd
 from models.merging import group_map
 from models.registry import OWN_SIZES
 

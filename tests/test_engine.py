@@ -13,8 +13,9 @@ from runs import digits
 from tiny import ours
 from torch import Tensor, nn
 
-import main
+import options
 from datasets import Batch
+from distributed import Distributed
 from engine import (
     BadImages,
     EpochLog,
@@ -33,7 +34,7 @@ from engine import (
 from losses import build_mixup, build_objective
 from models import MergeConfig, UserError
 from models.parameters import parameter_groups
-from utils import Distributed, RunError, StopSignal
+from utils import RunError, StopSignal
 
 CPU = torch.device("cpu")
 ALONE = Distributed(CPU)
@@ -44,7 +45,7 @@ def make_trainer(
     *flags: object, model: Any = None, double: bool = True, dist: Distributed = ALONE, teacher: Any = None
 ) -> Trainer:
     """A trainer of a tiny merging model as main.py builds it, in double precision unless asked otherwise."""
-    args = main.parse_args(digits(*flags))
+    args = options.parse_args(digits(*flags))
     module = ours(MergeConfig(method="tome", r=2), num_registers=2) if model is None else model
     module = module.double() if double else module.float()
     groups = parameter_groups(module, args.weight_decay)
@@ -439,7 +440,7 @@ def test_throughput_interleaves_its_rounds(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["cosine", "tanh", "step", "multistep", "plateau", "poly"])
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")
 def test_a_schedule_goes_on_where_it_was_saved(name: str) -> None:
-    args = main.parse_args(
+    args = options.parse_args(
         digits("--sched", name, "--epochs", 12, "--warmup_epochs", 2, "--patience_epochs", 1, "--decay_epochs", 3)
     )
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.lost import LostOptions, box_iou, component_box, corloc, dino_seg, lost
+from analysis.voc import open_voc, read_boxes
 from models import UserError
-from models.lost import LostOptions, box_iou, component_box, corloc, dino_seg, lost
-from run._voc import open_voc, read_boxes
 
 VOC = Path(__file__).resolve().parents[2] / "shared" / "data" / "voc2012_100"
 SIDE, PATCH = 6, 16

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from runs import digits, make_tree, refusal, run, succeeds, toy_model
 
 import main
+import options
 from models.errors import UserError
 from run.kill_test import checkpoint, differences, log_lines
 
@@ -226,11 +227,11 @@ def test_without_a_network_the_way_out_is_named(capsys: Capture, no_network: Non
 
 
 def parse(*flags: object) -> Any:
-    return main.parse_args([str(flag) for flag in flags])
+    return options.parse_args([str(flag) for flag in flags])
 
 
 def test_every_flag_has_its_hyphen_spelling() -> None:
-    parser = main.build_parser()
+    parser = options.build_parser()
     spelled = [flag for action in parser._actions for flag in action.option_strings if "_" in flag]
     assert len(spelled) > 60
     for action in parser._actions:
@@ -255,7 +256,7 @@ def test_booleans_have_a_negative_and_the_last_one_wins() -> None:
     assert parse("--prop_attn").prop_attn is True and parse().prop_attn is None
     assert parse("--prop_attn", "--no_prop_attn").prop_attn is False
     assert parse("--no_prop_attn", "--prop_attn").prop_attn is True
-    negatives = [f for a in main.build_parser()._actions for f in a.option_strings if f.startswith("--no_")]
+    negatives = [f for a in options.build_parser()._actions for f in a.option_strings if f.startswith("--no_")]
     for flag in negatives:
         assert getattr(parse(flag), flag.removeprefix("--no_")) is False
 

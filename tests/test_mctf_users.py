@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import main
+import build
+import options
 from losses import Objective
 from models import create_model
 from models.registry import OWN_SIZES
@@ -25,8 +26,8 @@ EVALUATE = f"""--eval --data_path D --dataset IMNET --resume CKPT --use_mctf Tru
 
 
 def test_finetuning_means_the_same() -> None:
-    args = main.parse_args(FINETUNE)
-    merge = main.merge_config(args)
+    args = options.parse_args(FINETUNE)
+    merge = build.merge_config(args)
     assert (merge.method, merge.r, merge.activate_layers) == ("mctf", 16, tuple(range(1, 12)))
     assert (merge.tau_sim, merge.tau_info, merge.tau_size) == (1, 20, 40)
     assert (merge.bidirectional, merge.prop_attn) == (True, True)
@@ -39,18 +40,18 @@ def test_finetuning_means_the_same() -> None:
 
 
 def test_evaluation_means_the_same() -> None:
-    args = main.parse_args(EVALUATE)
+    args = options.parse_args(EVALUATE)
     assert (args.eval, args.resume, args.r_evals, args.full_weight) == (True, "CKPT", ["16"], 0)
-    assert main.merge_config(args).method == "mctf"
+    assert build.merge_config(args).method == "mctf"
 
 
 @pytest.mark.parametrize("argv", [FINETUNE, EVALUATE], ids=["finetune", "evaluate"])
 def test_the_named_form_is_printed_and_is_equal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    old = main.parse_args(argv)
+    old = options.parse_args(argv)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("as named flags: main.py "))
     named = line.removeprefix("as named flags: main.py ").split()
     assert "--mctf_type" not in named and "--task_type" not in named
-    assert main.parse_args(named) == old
+    assert options.parse_args(named) == old
     assert capsys.readouterr().out == ""
 
 
@@ -75,7 +76,7 @@ def test_every_slot(slot: int, value: float, field: str, expected: object) -> No
     values[slot] = value
     argv = ["--mctf_type" if token == "--mctf_type" else token for token in FINETUNE]
     argv[argv.index("--mctf_type") + 1] = str(values).replace(" ", "")
-    assert getattr(main.parse_args(argv), field) == expected
+    assert getattr(options.parse_args(argv), field) == expected
 
 
 @pytest.mark.parametrize("value", ["[16,8]", "16", "[a,b,c,d,e,f,g,h,i,j]", "[16,8,0,1,5,1,20,40,1,1,0]", ""])

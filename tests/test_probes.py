@@ -9,9 +9,9 @@ import tiny
 import torch
 
 import run.analyze as analyze
+from analysis import probes as P
+from analysis.walk import walk
 from models import MergeConfig, UserError
-from models import probes as P
-from models.capture import walk
 from models.registry import OWN_SIZES
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -159,7 +159,7 @@ def test_features_are_those_of_the_token_a_patch_is_in() -> None:
         for patch in range(16):
             torch.testing.assert_close(features[b, patch], out.tokens[b, 3 + out.group[b, patch]])
     *_, last = walk(model, images)
-    assert norms[0, 5] == pytest.approx(float(last.x_out[0, 3 + out.group[0, 5]].norm()))
+    assert norms[0, 5] == pytest.approx(float(last.after.x[0, 3 + out.group[0, 5]].norm()))
     prenorm, _ = P.patch_features(model, images, P.Feature())
     torch.testing.assert_close(prenorm.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
 
@@ -167,7 +167,7 @@ def test_features_are_those_of_the_token_a_patch_is_in() -> None:
 def test_tokens_are_drawn_from_their_kind() -> None:
     model, images = tiny.ours(num_registers=2), tiny.images(6)
     *_, last = walk(model, images)
-    norms, tokens = last.x_out[:, 3:].norm(dim=-1), model.norm(last.x_out)
+    norms, tokens = last.after.x[:, 3:].norm(dim=-1), model.norm(last.after.x)
     cut = float(norms.flatten().sort().values[-9])  # eight outliers
     bank = P.TokenBank(draws=4)
     bank.add(model, images[:4], torch.arange(4), cut)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from runs import toy_model
 
 import main
+import options
+import trainer
 
 CHECKS = list(HealthCheck)
 SOME = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=CHECKS, database=None)
@@ -23,7 +25,7 @@ BASE = ["--dataset", "DIGITS", "--limit", "12", "--batch_size", "4"]
 def nothing_trains() -> Iterator[None]:
     """Everything is built, up to the moment where training or the pass over the data begins."""
     with toy_model(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main.Run, "fit", lambda self, stop: 0)
+        patch.setattr(trainer.Run, "fit", lambda self, stop: 0)
         patch.setattr(main, "evaluate", lambda model, loader, schedules, *_, **__: [SCORES] * len(schedules))
         patch.setattr(torch, "compile", lambda model: model)
         yield
@@ -165,7 +167,7 @@ def test_wrong_values_are_refused_in_one_line(flag: str) -> None:
 @example("", [])
 @example("-", [])
 def test_unknown_flags_are_refused_in_one_line(name: str, rest: list[str]) -> None:
-    known = main.build_parser()._option_string_actions
+    known = options.build_parser()._option_string_actions
     if "--" + name.replace("-", "_") in known:
         return
     status, err = play([*BASE, f"--{name}", *rest])
@@ -182,7 +184,7 @@ PIECES |= st.text(max_size=6)
 @st.composite
 def any_lines(draw: st.DrawFn) -> list[str]:
     """Any flags with anything behind them, but for --output_dir, which would make folders, and --help."""
-    actions = [a for a in main.build_parser()._actions if a.dest not in ("output_dir", "help")]
+    actions = [a for a in options.build_parser()._actions if a.dest not in ("output_dir", "help")]
     words: list[str] = []
     for action in draw(st.lists(st.sampled_from(actions), min_size=1, max_size=5)):
         flag = draw(st.sampled_from(action.option_strings))
@@ -198,7 +200,7 @@ def test_any_command_line_runs_or_is_refused_in_one_line(flags: list[str]) -> No
     assert (status, err) == (0, "") or (status == 2 and is_one_line(err)), (status, err)
 
 
-WHOLE = [a.option_strings[0] for a in main.build_parser()._actions if getattr(a.type, "__name__", "") == "integer"]
+WHOLE = [a.option_strings[0] for a in options.build_parser()._actions if getattr(a.type, "__name__", "") == "integer"]
 
 
 @pytest.mark.parametrize("flag", WHOLE)

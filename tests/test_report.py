@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 import run.analyze as analyze
+from analysis.command import main_args, specs_of
+from analysis.html import Picture, Section, Table, lookup, render, rounded, show
+from analysis.log_images import GAP, log_images
 from models import MergeConfig
-from models.log_images import GAP, log_images
 from models.registry import OWN_SIZES
-from models.report import Picture, Section, Table, lookup, render, rounded, show
-from run._inputs import main_args, specs_of
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
 

@@ -17,7 +17,9 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+import build
 import main
+import options
 from models.schedule import token_plan
 from run import results
 
@@ -40,7 +42,7 @@ def echoed(script: Path, *words: str, **env: str) -> tuple[list[str], Namespace]
     assert done.returncode == 0, done.stderr
     command = shlex.split(done.stdout)
     place = command.index(str(ROOT / "main.py"))
-    return command[:place], main.parse_args(command[place + 1 :])
+    return command[:place], options.parse_args(command[place + 1 :])
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
@@ -59,7 +61,7 @@ def test_every_promised_script_is_there() -> None:
 def test_recipe_is_what_its_name_and_header_say(script: Path) -> None:
     launcher, args = echoed(script)
     verb, _, size, method = script.stem.split("_", 3)
-    config = main.merge_config(args)
+    config = build.merge_config(args)
     assert launcher == [sys.executable]
     assert args.eval == (verb == "eval")
     assert args.model == PUBLISHED[size]
@@ -334,7 +336,7 @@ def test_documented_commands_are_taken(document: str, command: str) -> None:
     if script == "run/submit.py":
         rest = rest[rest.index("--") + 1 :]
     if script in ("main.py", "run/submit.py") and "--help" not in rest:
-        main.parse_args(rest)
+        options.parse_args(rest)
     if words[0] == "torchrun":  # which up to Python 3.12.1 reads --r as its own unless "--" comes before main.py
         assert torchrun_arguments(words[1:]) == rest
 
@@ -355,4 +357,4 @@ def test_commands_in_docstrings_of_main_are_taken() -> None:
     lines = re.findall(r"^(?:torchrun|python) .*?main\.py (.*)$", main.__doc__ or "", re.M)
     assert lines
     for line in lines:
-        main.parse_args(shlex.split(line))
+        options.parse_args(shlex.split(line))

@@ -11,9 +11,9 @@ from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
 import run.analyze as analyze
+from analysis import test_time_registers as ttr
+from analysis.walk import walk
 from models import MergeConfig, MergingViT, UserError
-from models import test_time_registers as ttr
-from models.capture import walk
 from models.registry import OWN_SIZES
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -52,7 +52,7 @@ def bright_patches(count: int = 6) -> Tensor:
 
 def patch_norms(model: MergingViT, images: Tensor) -> Tensor:
     *_, last = walk(model, images, r=0)
-    return last.x_out[:, last.prefix :].norm(dim=-1)
+    return last.after.x[:, last.num_prefix_tokens :].norm(dim=-1)
 
 
 @pytest.mark.parametrize("registers", [0, 2])
@@ -71,7 +71,7 @@ def test_a_planted_neuron_is_found_first_and_moved_to_the_token(registers: int) 
     before, after = patch_norms(model, images), patch_norms(shifted, images)
     assert before[:5].amax() > 1000 and after.amax() < 50  # clean: what is left is the bright patch itself
     *_, last = walk(shifted, images, r=0)
-    token = last.x_out[:, last.prefix - 1].norm(dim=-1)
+    token = last.after.x[:, last.num_prefix_tokens - 1].norm(dim=-1)
     assert (token[:5] > 1000).all() and token[5] < 10  # the token holds the norm, where there is one
     torch.testing.assert_close(after[~outliers], before[~outliers], rtol=0, atol=0.3)
 

@@ -23,9 +23,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoint
+import distributed
 import utils
+from checkpoint import DamagedCheckpoint
+from distributed import Distributed
 from models.errors import UserError
-from utils import DamagedCheckpoint, Distributed, RunError
+from utils import RunError
 
 ROOT = Path(utils.__file__).parent
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "REGTOME_DIST_TIMEOUT")
@@ -82,9 +86,9 @@ def test_seed_all_seeds_every_stream():
 def test_rng_state_survives_a_checkpoint(tmp_path):
     utils.seed_all(1)
     draw()  # an odd number of Gaussian draws leaves a cached one in python and numpy
-    utils.save_checkpoint(tmp_path / "c.pth", {"rng": utils.rng_state(), "epoch": 0})
+    checkpoint.save_checkpoint(tmp_path / "c.pth", {"rng": checkpoint.rng_state(), "epoch": 0})
     expected = [draw() for _ in range(3)]
-    utils.set_rng_state(utils.load_checkpoint(tmp_path / "c.pth")["rng"])
+    checkpoint.set_rng_state(checkpoint.load_checkpoint(tmp_path / "c.pth")["rng"])
     assert [draw() for _ in range(3)] == expected
 
 
@@ -92,15 +96,15 @@ def test_rng_state_survives_a_checkpoint(tmp_path):
 
 
 def test_alone_everything_is_a_no_op():
-    dist = utils.init_distributed("cpu")
+    dist = distributed.init_distributed("cpu")
     assert dist == Distributed(torch.device("cpu"), 0, 1, 0) and dist.is_main and not dist.distributed
     tensor = torch.ones(2, requires_grad=True)
-    total = utils.all_reduce_sum(tensor)
+    total = distributed.all_reduce_sum(tensor)
     assert torch.equal(total, tensor) and not total.requires_grad and total.data_ptr() != tensor.data_ptr()
-    assert utils.any_rank(True, dist) and not utils.any_rank(False, dist)
-    assert utils.gather_names(("a", "b")) == ["a", "b"] and utils.broadcast_object({"x": 1}) == {"x": 1}
-    utils.barrier()
-    utils.close_distributed()
+    assert distributed.any_rank(True, dist) and not distributed.any_rank(False, dist)
+    assert distributed.gather_names(("a", "b")) == ["a", "b"] and distributed.broadcast_object({"x": 1}) == {"x": 1}
+    distributed.barrier()
+    distributed.close_distributed()
 
 
 @pytest.mark.parametrize(
@@ -124,48 +128,48 @@ def test_alone_everything_is_a_no_op():
 def test_contradictory_environment(monkeypatch, environment, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert words in one_line(lambda: utils.init_distributed("cpu"))
+    assert words in one_line(lambda: distributed.init_distributed("cpu"))
 
 
 @pytest.mark.parametrize("device", ["foo", "cdua", "cpu:x", "cuda:", "", "meta"])
 def test_unknown_device(device):
-    message = one_line(lambda: utils.init_distributed(device))
+    message = one_line(lambda: distributed.init_distributed(device))
     assert f"unknown --device '{device}'" in message and "cpu, cuda" in message
 
 
 def test_absent_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA GPU" in one_line(lambda: utils.init_distributed("cuda"))
-    assert utils.init_distributed(None).device == torch.device("cpu")
+    assert "no CUDA GPU" in one_line(lambda: distributed.init_distributed("cuda"))
+    assert distributed.init_distributed(None).device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
     ("device", "place", "expected"),
     [
-        ("cuda", utils._Place(3, 4, 1), "cuda:1"),
-        ("cuda", utils._Place(3, 4), "cuda:1"),  # rank modulo GPUs when LOCAL_RANK is not told
-        ("cuda:1", utils._Place(), "cuda:1"),
-        ("cuda:2", utils._Place(), None),
-        ("cuda:1", utils._Place(0, 2, 0), None),
-        ("cuda", utils._Place(3, 4, 2), None),
+        ("cuda", distributed._Place(3, 4, 1), "cuda:1"),
+        ("cuda", distributed._Place(3, 4), "cuda:1"),  # rank modulo GPUs when LOCAL_RANK is not told
+        ("cuda:1", distributed._Place(), "cuda:1"),
+        ("cuda:2", distributed._Place(), None),
+        ("cuda:1", distributed._Place(0, 2, 0), None),
+        ("cuda", distributed._Place(3, 4, 2), None),
     ],
 )
 def test_gpu_of_a_process(monkeypatch, device, place, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     if expected is None:
-        one_line(lambda: utils._pick_device(device, place))
+        one_line(lambda: distributed._pick_device(device, place))
     else:
-        assert str(utils._pick_device(device, place)) == expected
+        assert str(distributed._pick_device(device, place)) == expected
 
 
 def test_slurm_step_but_not_the_batch_shell(monkeypatch):
     values = {"PROCID": "1", "NTASKS": "4", "LOCALID": "1", "JOB_ID": "54321", "JOB_NODELIST": "node7,node9"}
     for end, value in values.items():
         monkeypatch.setenv(f"SLURM_{end}", value)
-    assert utils._find_place() == utils._Place()  # sbatch's own shell: no srun
+    assert distributed._find_place() == distributed._Place()  # sbatch's own shell: no srun
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    assert utils._find_place() == utils._Place(1, 4, 1, "node7", 20000 + 54321 % 20000, bound_gpu=True)
+    assert distributed._find_place() == distributed._Place(1, 4, 1, "node7", 20000 + 54321 % 20000, bound_gpu=True)
 
 
 def test_slurm_asks_scontrol_for_a_compressed_list(monkeypatch, tmp_path):
@@ -174,27 +178,27 @@ def test_slurm_asks_scontrol_for_a_compressed_list(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[3-4]")
-    assert utils._slurm_address() == "n3"
+    assert distributed._slurm_address() == "n3"
 
 
 WORKER = """
 import os, sys, torch, utils
-dist = utils.init_distributed("cpu")
-utils.barrier()
+dist = distributed.init_distributed("cpu")
+distributed.barrier()
 assert dist.distributed and dist.is_main == (dist.rank == 0)
-assert utils.all_reduce_sum(torch.tensor([dist.rank + 1.0], dtype=torch.float64)).tolist() == [3.0]
-assert utils.any_rank(dist.rank == 1, dist) is True and utils.any_rank(False, dist) is False
-assert utils.gather_names(["a"] if dist.rank else ["b", "c"]) == ["b", "c", "a"]
-assert utils.broadcast_object({"rank": dist.rank}) == {"rank": 0}
+assert distributed.all_reduce_sum(torch.tensor([dist.rank + 1.0], dtype=torch.float64)).tolist() == [3.0]
+assert distributed.any_rank(dist.rank == 1, dist) is True and distributed.any_rank(False, dist) is False
+assert distributed.gather_names(["a"] if dist.rank else ["b", "c"]) == ["b", "c", "a"]
+assert distributed.broadcast_object({"rank": dist.rank}) == {"rank": 0}
 mean = utils.Mean()
 mean.update(torch.tensor(1.0 + dist.rank), 1 + 2 * dist.rank)
 assert mean.all_reduce() == 1.75 and mean.value == 1.0 + dist.rank
 utils.log("once")
 folder = sys.argv[1]
-state, path = utils.load_resume("auto", folder)
+state, path = checkpoint.load_resume("auto", folder)
 assert state["epoch"] == 4 and path.endswith("checkpoint_prev.pth")
 try:
-    utils.load_resume(folder + "/none.pth", folder)
+    checkpoint.load_resume(folder + "/none.pth", folder)
 except ValueError as error:
     assert "does not exist" in str(error)
 else:
@@ -203,7 +207,7 @@ if dist.rank == 1:
     os._exit(0)
 try:
     while True:
-        utils.barrier()
+        distributed.barrier()
 except utils.RunError as error:
     assert "\\n" not in str(error)
     print(error)
@@ -231,8 +235,8 @@ def start(code, *arguments, **environment):
 
 def test_two_processes_agree_and_survive_a_dead_one(tmp_path):
     """Rank 0 as torchrun starts it, rank 1 as srun does."""
-    utils.save_checkpoint(tmp_path / "checkpoint.pth", state(4))
-    utils.save_checkpoint(tmp_path / "checkpoint.pth", state(5))
+    checkpoint.save_checkpoint(tmp_path / "checkpoint.pth", state(4))
+    checkpoint.save_checkpoint(tmp_path / "checkpoint.pth", state(5))
     os.truncate(tmp_path / "checkpoint.pth", 500)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "REGTOME_DIST_TIMEOUT": "30"}
     first = start(WORKER, str(tmp_path), RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", **meeting)
@@ -250,7 +254,7 @@ def snapshot():
 before = snapshot()
 import utils
 assert snapshot() == before
-try: utils.init_distributed("cpu")
+try: distributed.init_distributed("cpu")
 except utils.RunError as error: print(error)
 """
 
@@ -320,11 +324,11 @@ def names_in(folder):
 def test_save_keeps_the_one_before(tmp_path):
     path = tmp_path / "checkpoint.pth"
     for epoch in range(3):
-        utils.save_checkpoint(path, state(epoch))
-    assert_same(utils.load_checkpoint(path), state(2))
-    assert_same(utils.load_checkpoint(tmp_path / "checkpoint_prev.pth"), state(1))
-    utils.save_checkpoint(tmp_path / "best.pth", state(), keep_previous=False)
-    utils.save_checkpoint(tmp_path / "best.pth", state(), keep_previous=False)
+        checkpoint.save_checkpoint(path, state(epoch))
+    assert_same(checkpoint.load_checkpoint(path), state(2))
+    assert_same(checkpoint.load_checkpoint(tmp_path / "checkpoint_prev.pth"), state(1))
+    checkpoint.save_checkpoint(tmp_path / "best.pth", state(), keep_previous=False)
+    checkpoint.save_checkpoint(tmp_path / "best.pth", state(), keep_previous=False)
     assert names_in(tmp_path) == ["best.pth", "checkpoint.pth", "checkpoint_prev.pth"]
 
 
@@ -334,9 +338,9 @@ def test_save_without_hard_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     for epoch in range(3):
-        utils.save_checkpoint(tmp_path / "checkpoint.pth", state(epoch))
-    assert_same(utils.load_checkpoint(tmp_path / "checkpoint.pth"), state(2))
-    assert_same(utils.load_checkpoint(tmp_path / "checkpoint_prev.pth"), state(1))
+        checkpoint.save_checkpoint(tmp_path / "checkpoint.pth", state(epoch))
+    assert_same(checkpoint.load_checkpoint(tmp_path / "checkpoint.pth"), state(2))
+    assert_same(checkpoint.load_checkpoint(tmp_path / "checkpoint_prev.pth"), state(1))
     assert len(names_in(tmp_path)) == 2
 
 
@@ -344,19 +348,19 @@ def test_save_without_hard_links(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [10, 1_000_000])  # in the writer's buffer, and beyond it
 def test_full_disk_keeps_the_old_files(tmp_path, monkeypatch, size):
     path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint(path, state(0))
-    utils.save_checkpoint(path, state(1))
+    checkpoint.save_checkpoint(path, state(0))
+    checkpoint.save_checkpoint(path, state(1))
 
     def open_full(temporary):
         temporary.touch()
         return open("/dev/full", "wb")
 
     monkeypatch.setattr(utils, "_open_new", open_full)
-    message = one_line(lambda: utils.save_checkpoint(path, state(2, size)), RunError)
+    message = one_line(lambda: checkpoint.save_checkpoint(path, state(2, size)), RunError)
     assert "No space left on device" in message and str(path) in message
     one_line(lambda: utils.write_json(tmp_path / "args.json", {}), RunError)
     assert names_in(tmp_path) == ["checkpoint.pth", "checkpoint_prev.pth"]
-    assert_same(utils.load_checkpoint(path), state(1))
+    assert_same(checkpoint.load_checkpoint(path), state(1))
 
 
 def in_child(function):
@@ -373,18 +377,18 @@ def in_child(function):
 def test_disk_that_fills_inside_the_zip_writer(tmp_path):
     resource = pytest.importorskip("resource")
     path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint(path, state(1))
+    checkpoint.save_checkpoint(path, state(1))
 
     def save():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            utils.save_checkpoint(path, state(2, 1_000_000))
+            checkpoint.save_checkpoint(path, state(2, 1_000_000))
         except RunError:
             os._exit(0)
 
     assert in_child(save) == 0
     assert names_in(tmp_path) == ["checkpoint.pth"]
-    assert_same(utils.load_checkpoint(path), state(1))
+    assert_same(checkpoint.load_checkpoint(path), state(1))
 
 
 def die_before(step):
@@ -406,37 +410,37 @@ def die_before(step):
 @pytest.mark.parametrize("step", range(1, 7))
 def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path, step, torn):
     path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint(path, state(0))
-    utils.save_checkpoint(path, state(1))
+    checkpoint.save_checkpoint(path, state(0))
+    checkpoint.save_checkpoint(path, state(1))
     if torn:
         os.truncate(path, 300)
 
     def save():
         die_before(step)
-        utils.save_checkpoint(path, state(2))
+        checkpoint.save_checkpoint(path, state(2))
 
     assert in_child(save) == (9 if step == 6 else 0)  # five moments, and then it is done
-    loaded, _ = utils.load_resume("auto", tmp_path)
+    loaded, _ = checkpoint.load_resume("auto", tmp_path)
     assert_same(loaded, state(2 if step > 3 else 0 if torn else 1))
     utils.setup_output(tmp_path, True)
     assert names_in(tmp_path) == ["checkpoint.pth", "checkpoint_prev.pth"]
-    utils.save_checkpoint(path, state(3))
-    assert_same(utils.load_checkpoint(path), state(3))
+    checkpoint.save_checkpoint(path, state(3))
+    assert_same(checkpoint.load_checkpoint(path), state(3))
     assert names_in(tmp_path) == ["checkpoint.pth", "checkpoint_prev.pth"]
 
 
 def test_save_when_both_names_are_one_file(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint(path, state(0))
-    os.link(path, utils.previous_path(path))
-    utils.save_checkpoint(path, state(1))
+    checkpoint.save_checkpoint(path, state(0))
+    os.link(path, checkpoint.previous_path(path))
+    checkpoint.save_checkpoint(path, state(1))
     assert names_in(tmp_path) == ["checkpoint.pth", "checkpoint_prev.pth"]
-    assert_same(utils.load_checkpoint(path), state(1))
+    assert_same(checkpoint.load_checkpoint(path), state(1))
 
 
 def test_a_mistake_of_ours_is_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        utils.save_checkpoint(tmp_path / "c.pth", {"model": lambda: 0})
+        checkpoint.save_checkpoint(tmp_path / "c.pth", {"model": lambda: 0})
     assert names_in(tmp_path) == []
 
 
@@ -446,14 +450,14 @@ def test_a_mistake_of_ours_is_not_taken_for_a_full_disk(tmp_path):
 def test_every_bit_flip_is_found_or_harmless(tmp_path):
     """Every third byte, one of its bits; only alignment padding and unused header fields may be harmless."""
     path = tmp_path / "c.pth"
-    utils.save_checkpoint(path, state())
+    checkpoint.save_checkpoint(path, state())
     content, found = path.read_bytes(), 0
     for position in range(0, len(content), 3):
         flipped = bytearray(content)
         flipped[position] ^= 1 << (position % 8)
         path.write_bytes(flipped)
         try:
-            loaded = utils.load_checkpoint(path)
+            loaded = checkpoint.load_checkpoint(path)
         except DamagedCheckpoint:
             found += 1
         else:
@@ -464,23 +468,23 @@ def test_every_bit_flip_is_found_or_harmless(tmp_path):
 def test_an_entry_marked_as_a_folder_is_found(tmp_path):
     """The one bit flip that neither zip's checksums nor torch notice: torch then returns uninitialised memory."""
     path = tmp_path / "c.pth"
-    utils.save_checkpoint(path, state())
+    checkpoint.save_checkpoint(path, state())
     content = bytearray(path.read_bytes())
     content[content.rindex(b"archive/data/0") - 46 + 38] |= 0x10  # external attributes in the central directory
     path.write_bytes(content)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-    assert "archive/data/0" in one_line(lambda: utils.load_checkpoint(path), DamagedCheckpoint)
+    assert "archive/data/0" in one_line(lambda: checkpoint.load_checkpoint(path), DamagedCheckpoint)
 
 
 def test_a_flip_in_the_weights_names_the_part(tmp_path):
     path = tmp_path / "c.pth"
-    utils.save_checkpoint(path, state(size=4000))
+    checkpoint.save_checkpoint(path, state(size=4000))
     content = bytearray(path.read_bytes())
     content[content.index(torch.arange(4000.0).numpy().tobytes()) + 9000] ^= 1
     path.write_bytes(content)
     torch.load(path, weights_only=True)  # torch itself sees nothing
-    assert "wrong checksum of" in one_line(lambda: utils.load_checkpoint(path), DamagedCheckpoint)
+    assert "wrong checksum of" in one_line(lambda: checkpoint.load_checkpoint(path), DamagedCheckpoint)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -490,7 +494,7 @@ def test_torn(tmp_path, share, legacy):
     torch.save(state(), path, _use_new_zipfile_serialization=not legacy)
     os.truncate(path, int(path.stat().st_size * share))
     words = "is empty" if share == 0 else str(path)
-    assert words in one_line(lambda: utils.load_checkpoint(path), DamagedCheckpoint)
+    assert words in one_line(lambda: checkpoint.load_checkpoint(path), DamagedCheckpoint)
 
 
 def npz_bytes():
@@ -516,28 +520,28 @@ def npz_bytes():
 def test_foreign(tmp_path, content, recwarn):
     path = tmp_path / "c.pth"
     path.write_bytes(content)
-    assert str(path) in one_line(lambda: utils.load_checkpoint(path), DamagedCheckpoint)
+    assert str(path) in one_line(lambda: checkpoint.load_checkpoint(path), DamagedCheckpoint)
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {1: torch.ones(1)}, torch.ones(2), "text"])
 def test_a_saved_object_that_is_no_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "c.pth")
-    message = one_line(lambda: utils.load_checkpoint(tmp_path / "c.pth"), DamagedCheckpoint)
+    message = one_line(lambda: checkpoint.load_checkpoint(tmp_path / "c.pth"), DamagedCheckpoint)
     assert type(content).__name__ in message
 
 
 def test_no_file(tmp_path):
-    assert "does not exist" in one_line(lambda: utils.load_checkpoint(tmp_path / "none.pth"))
-    assert "is a folder" in one_line(lambda: utils.load_checkpoint(tmp_path))
+    assert "does not exist" in one_line(lambda: checkpoint.load_checkpoint(tmp_path / "none.pth"))
+    assert "is a folder" in one_line(lambda: checkpoint.load_checkpoint(tmp_path))
     (tmp_path / "file").touch()
-    assert "Not a directory" in one_line(lambda: utils.load_checkpoint(tmp_path / "file" / "c.pth"))
+    assert "Not a directory" in one_line(lambda: checkpoint.load_checkpoint(tmp_path / "file" / "c.pth"))
 
 
 def test_permission_denied(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint(path, state(0))
-    utils.save_checkpoint(path, state(1))
+    checkpoint.save_checkpoint(path, state(0))
+    checkpoint.save_checkpoint(path, state(1))
     path.chmod(0)
     if os.geteuid() == 0:  # whom no mode keeps out
         real = open
@@ -548,8 +552,8 @@ def test_permission_denied(tmp_path, monkeypatch):
             return real(file, *arguments, **options)
 
         monkeypatch.setattr("builtins.open", refuse)
-    assert "Permission denied" in one_line(lambda: utils.load_checkpoint(path))
-    assert "Permission denied" in one_line(lambda: utils.load_resume("auto", tmp_path))  # no silent step back
+    assert "Permission denied" in one_line(lambda: checkpoint.load_checkpoint(path))
+    assert "Permission denied" in one_line(lambda: checkpoint.load_resume("auto", tmp_path))  # no silent step back
 
 
 class Evil:
@@ -569,17 +573,17 @@ def test_code_in_a_checkpoint_is_named_and_not_run(tmp_path, kind, name):
         path.write_bytes(pickle.dumps(evil, protocol=int(kind[-1])))
     else:
         torch.save({"model": {}, "args": evil}, path, _use_new_zipfile_serialization=kind == "zip")
-    message = one_line(lambda: utils.load_checkpoint(path))
+    message = one_line(lambda: checkpoint.load_checkpoint(path))
     assert kind == "pickle5" or f"{name};" in message
     if kind == "zip":
-        utils.save_checkpoint(tmp_path / "checkpoint_prev.pth", state())
-        assert name in one_line(lambda: utils.find_resume(tmp_path))  # refused, not passed over
+        checkpoint.save_checkpoint(tmp_path / "checkpoint_prev.pth", state())
+        assert name in one_line(lambda: checkpoint.find_resume(tmp_path))  # refused, not passed over
     assert not trace.exists()
 
 
 def test_a_whole_module_is_refused_by_name(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "c.pth")
-    assert "torch.nn.modules.linear.Linear" in one_line(lambda: utils.load_checkpoint(tmp_path / "c.pth"))
+    assert "torch.nn.modules.linear.Linear" in one_line(lambda: checkpoint.load_checkpoint(tmp_path / "c.pth"))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -588,8 +592,8 @@ def test_checkpoint_of_deit_with_its_namespace(tmp_path, legacy):
     args = argparse.Namespace(lr=5e-4, opt_betas=None, activate_layer=[1, 2], output_dir=pathlib.PosixPath("/a/b"))
     content = {**state(), "optimizer": {"state": {}}, "lr_scheduler": {}, "args": args}
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
-    loaded = utils.load_checkpoint(tmp_path / "c.pth")
-    utils.check_resumable(loaded, "c.pth")
+    loaded = checkpoint.load_checkpoint(tmp_path / "c.pth")
+    checkpoint.check_resumable(loaded, "c.pth")
     assert utils.to_plain(loaded["args"]) == {
         "lr": 5e-4,
         "opt_betas": None,
@@ -604,17 +608,17 @@ def test_bare_state_dict(tmp_path, end):
     weights = state()["model"]
     path = tmp_path / f"c.{end}"
     torch.save(weights, path) if end == "pth" else save_file(weights, path)
-    loaded = utils.load_checkpoint(path)
+    loaded = checkpoint.load_checkpoint(path)
     assert list(loaded) == ["model"] and torch.equal(loaded["model"]["a"], weights["a"])
-    assert "use --finetune" in one_line(lambda: utils.check_resumable(loaded, path))
+    assert "use --finetune" in one_line(lambda: checkpoint.check_resumable(loaded, path))
     os.truncate(path, path.stat().st_size - 40)
-    one_line(lambda: utils.load_checkpoint(path), DamagedCheckpoint)
+    one_line(lambda: checkpoint.load_checkpoint(path), DamagedCheckpoint)
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A server of one checkpoint, and a hub cache of its own."""
-    utils.save_checkpoint(tmp_path / "served.pth", state(7))
+    checkpoint.save_checkpoint(tmp_path / "served.pth", state(7))
     content, asked = (tmp_path / "served.pth").read_bytes(), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -638,18 +642,18 @@ def server(tmp_path, monkeypatch):
 def test_url_is_cached_by_address(server, tmp_path):
     address, asked = server
     for folder in ("good1", "good1", "good2"):  # two files of one name are two files
-        loaded, path = utils.load_resume(f"{address}/{folder}/checkpoint.pth?download=1", "")
+        loaded, path = checkpoint.load_resume(f"{address}/{folder}/checkpoint.pth?download=1", "")
         assert path.startswith("http://") and loaded["epoch"] == 7
     assert len(asked) == 2
-    utils.load_checkpoint(f"{address}/good/deit_small_patch16_224-cd65a155.pth")
+    checkpoint.load_checkpoint(f"{address}/good/deit_small_patch16_224-cd65a155.pth")
     assert (tmp_path / "hub" / "checkpoints" / "deit_small_patch16_224-cd65a155.pth").exists()
 
 
 def test_url_that_does_not_answer(server, tmp_path):
     address, _ = server
-    assert "404" in one_line(lambda: utils.load_checkpoint(f"{address}/bad/checkpoint.pth"))
+    assert "404" in one_line(lambda: checkpoint.load_checkpoint(f"{address}/bad/checkpoint.pth"))
     offline = f"http://127.0.0.1:{free_port()}/c.pth"
-    assert "give a local file" in one_line(lambda: utils.load_checkpoint(offline))
+    assert "give a local file" in one_line(lambda: checkpoint.load_checkpoint(offline))
     assert not list((tmp_path / "hub").rglob("*.pth*"))
 
 
@@ -657,23 +661,23 @@ def test_url_that_does_not_answer(server, tmp_path):
 
 
 def test_resume_auto(tmp_path, capsys):
-    assert utils.find_resume(tmp_path / "new") is None and utils.load_resume("auto", tmp_path / "new") is None
-    assert utils.load_resume(None, tmp_path) is None and utils.load_resume("", tmp_path) is None
+    assert checkpoint.find_resume(tmp_path / "new") is None and checkpoint.load_resume("auto", tmp_path / "new") is None
+    assert checkpoint.load_resume(None, tmp_path) is None and checkpoint.load_resume("", tmp_path) is None
     path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint(path, state(0))
-    utils.save_checkpoint(path, state(1))
-    assert utils.find_resume(tmp_path) == path and capsys.readouterr().out == ""
+    checkpoint.save_checkpoint(path, state(0))
+    checkpoint.save_checkpoint(path, state(1))
+    assert checkpoint.find_resume(tmp_path) == path and capsys.readouterr().out == ""
     os.truncate(path, 700)
-    loaded, found = utils.load_resume("auto", tmp_path)
+    loaded, found = checkpoint.load_resume("auto", tmp_path)
     output = capsys.readouterr().out
     assert loaded["epoch"] == 0 and found.endswith("checkpoint_prev.pth")
     assert output.startswith("warning: ") and output.count("\n") == 1
-    assert "torn" in one_line(lambda: utils.load_resume(str(path), tmp_path))  # a named file is taken or refused
+    assert "torn" in one_line(lambda: checkpoint.load_resume(str(path), tmp_path))  # a named file is taken or refused
     path.unlink()
-    assert utils.find_resume(tmp_path) == utils.previous_path(path)
-    os.truncate(utils.previous_path(path), 700)
-    assert "no checkpoint to resume" in one_line(lambda: utils.find_resume(tmp_path))
-    assert "--output_dir" in one_line(lambda: utils.load_resume("auto", ""))
+    assert checkpoint.find_resume(tmp_path) == checkpoint.previous_path(path)
+    os.truncate(checkpoint.previous_path(path), 700)
+    assert "no checkpoint to resume" in one_line(lambda: checkpoint.find_resume(tmp_path))
+    assert "--output_dir" in one_line(lambda: checkpoint.load_resume("auto", ""))
 
 
 # Metadata and logging
@@ -691,8 +695,8 @@ def test_to_plain_is_json_and_loads_weights_only(tmp_path):
         "dist": dist, "tensor": [1.0, 1.0], "s": [1, 2], "text": "x",
     }  # fmt: skip
     assert json.loads(json.dumps(plain)) == plain and plain["flag"] is True and type(plain["text"]) is str
-    utils.save_checkpoint(tmp_path / "c.pth", {"args": plain})
-    assert utils.load_checkpoint(tmp_path / "c.pth") == {"args": plain}
+    checkpoint.save_checkpoint(tmp_path / "c.pth", {"args": plain})
+    assert checkpoint.load_checkpoint(tmp_path / "c.pth") == {"args": plain}
 
 
 def test_log_is_cut_to_the_resumed_epoch(tmp_path):

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import run.visualize as visualize
-from models import MergeConfig, MergingViT, UserError, pictures
-from models.capture import attention, walk
+from analysis import pictures
+from analysis.walk import attention, walk
+from models import MergeConfig, MergingViT, UserError
 from models.registry import OWN_SIZES
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -202,7 +203,7 @@ def test_states_are_those_of_the_forward(config: MergeConfig) -> None:
 def test_pairs_explain_the_groups(config: MergeConfig) -> None:
     """Joining the pairs of a block, and nothing else, turns its incoming groups into the outgoing ones."""
     for state in pictures.block_states(*build(merge=config)):
-        for i, group in enumerate(state.group_in):
+        for i, group in enumerate(state.before.group):
             joined = group.clone()
             for merged, target in state.pairs[i].tolist():
                 joined[joined == merged] = target
@@ -226,12 +227,12 @@ def test_criteria_by_hand() -> None:
     layer = list(walk(model, images))[2]
     found = pictures.mctf_criteria(layer, model.merge)
     received = attention(layer).mean(dim=(1, 2))
-    prefix, count = layer.prefix, layer.x_in.shape[1]
+    prefix, count = layer.num_prefix_tokens, layer.before.x.shape[1]
     torch.testing.assert_close(found["attention"], received[:, prefix:] * count)
     least = received.amin(dim=1, keepdim=True)
     torch.testing.assert_close(found["informativeness"], (least / received[:, prefix:]) ** (1 / 3))
-    torch.testing.assert_close(found["size"], layer.size_in[:, prefix:] ** -0.5)  # prefix tokens have size 1
-    x = torch.nn.functional.normalize(layer.x_in, dim=-1)
+    torch.testing.assert_close(found["size"], layer.before.size[:, prefix:] ** -0.5)  # prefix tokens have size 1
+    x = torch.nn.functional.normalize(layer.before.x, dim=-1)
     cosine = x @ x.transpose(1, 2)
     for i in range(prefix, count):
         others = [j for j in range(prefix, count) if (i - j) % 2]
@@ -243,7 +244,7 @@ def test_criteria_without_looking_ahead_compare_what_leaves_the_block() -> None:
     config = MergeConfig("mctf", (0, 4, 0), min_tokens=0, one_step_ahead="off")
     model, images = build(merge=config)
     plain = list(walk(model, images, r=0))[1]
-    x = torch.nn.functional.normalize(plain.x_out[:, 3:], dim=-1)
+    x = torch.nn.functional.normalize(plain.after.x[:, 3:], dim=-1)
     expected = (x @ x.transpose(1, 2))[:, 0, 1::2].amax(dim=1)
     found = pictures.mctf_criteria(list(walk(model, images))[1], model.merge)["similarity"][:, 0]
     torch.testing.assert_close(found, (expected + 1) / 2)

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from models import MergeConfig, MergingViT, UserError, apply_merging
-from models.checkpoint import LoadReport, extract_state_dict, load_weights, unwrap_state_dict
+from models.weights import LoadReport, extract_state_dict, load_weights, unwrap_state_dict
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
 Weights = dict[str, Tensor]

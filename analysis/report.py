@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from models import UserError
-from models.report import Picture, Section, Table, lookup, render
-from run._inputs import Images, Loaded, Output, add_command, load_models
 from utils import RunError, git_revision, log, versions
+
+from .command import Images, Loaded, Output, add_command, load_models
+from .html import Picture, Section, Table, lookup, render
 
 Columns = tuple[tuple[str, str], ...]  # name of a line of the table, path of its value in a model's row
 

@@ -19,13 +19,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from models.blocks import attend, mlp_residual
-from models.capture import Layer, attention, patch_grid, walk
-from models.charts import HEAT
 from models.criteria import attention_received, similarity, token_factor
 from models.errors import UserError
 from models.merging import Merge, cosine_scores, merge_by_map, split_sets, unmerge
 from models.schedule import MergeConfig
 from models.vit import MergingViT
+
+from .charts import HEAT
+from .walk import Layer, attention, patch_grid, walk
 
 MAP_BYTES = 2**28  # of one block's attention maps: more images than that are run in parts
 MANY = 6  # patches of a merged token: one with more has a single line, else lines would hide everything
@@ -82,11 +83,11 @@ def _images_at_once(model: MergingViT, images: Tensor) -> int:
 
 
 def _state(layer: Layer, config: MergeConfig, with_criteria: bool) -> State:
-    size = layer.size_out[:, layer.prefix :].gather(1, layer.group_out)
+    size = layer.after.size[:, layer.num_prefix_tokens :].gather(1, layer.after.group)
     criteria = mctf_criteria(layer, config) if with_criteria else {}
-    grids = {name: values.gather(1, layer.group_in).cpu() for name, values in criteria.items()}
-    pairs = _pairs(layer.step, layer.prefix, layer.group_in)
-    return State(layer.index, layer.group_in.cpu(), layer.group_out.cpu(), size.cpu(), pairs.cpu(), grids)
+    grids = {name: values.gather(1, layer.before.group).cpu() for name, values in criteria.items()}
+    pairs = _pairs(layer.merge, layer.num_prefix_tokens, layer.before.group)
+    return State(layer.index, layer.before.group.cpu(), layer.after.group.cpu(), size.cpu(), pairs.cpu(), grids)
 
 
 def _pairs(step: Merge | None, prefix: int, group: Tensor) -> Tensor:
@@ -114,14 +115,14 @@ def mctf_criteria(layer: Layer, config: MergeConfig) -> dict[str, Tensor]:
             criterion is off.
         similarity: of the most similar token of the other set (sources, destinations), in [0,1].
     """
-    tokens, prefix = layer.x_in, layer.prefix
+    tokens, prefix = layer.before.x, layer.num_prefix_tokens
     if config.one_step_ahead == "off":  # merges what leaves the block
         tokens = _before_merging(layer)
     received = attention_received(attention(layer))
     found = {"attention": received * received.shape[1]}
     alone = {"informativeness": replace(config, tau_size=0.0), "size": replace(config, tau_info=0.0)}
     for name, only in alone.items():
-        factor = token_factor(layer.size_in, received, only)
+        factor = token_factor(layer.before.size, received, only)
         found[name] = torch.ones_like(received) if factor is None else factor
     best = best_partner(similarity(cosine_scores(tokens[:, prefix:], prefix), config.tau_sim or 0), prefix)
     return {name: values[:, prefix:].float() for name, values in found.items()} | {"similarity": best}
@@ -129,8 +130,8 @@ def mctf_criteria(layer: Layer, config: MergeConfig) -> dict[str, Tensor]:
 
 def _before_merging(layer: Layer) -> Tensor:
     block = layer.block
-    y = attend(block.attn, block.norm1(layer.x_in), layer.bias)[0]  # type: ignore[arg-type]
-    return mlp_residual(block, layer.x_in + block.drop_path1(block.ls1(y)))
+    y = attend(block.attn, block.norm1(layer.before.x), layer.bias)[0]  # type: ignore[arg-type]
+    return mlp_residual(block, layer.before.x + block.drop_path1(block.ls1(y)))
 
 
 def best_partner(scores: Tensor, prefix: int) -> Tensor:

@@ -14,13 +14,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
-from models import UserError, charts
-from models.analysis import per_patch
-from models.capture import allow_any_size, attention, qkv, to_grid, walk
-from models.lost import Found, LostOptions, box_iou, corloc, dino_seg, lost
-from run._inputs import Loaded, Output, add_command, load_models, track
-from run._voc import Annotated, open_folder, open_voc
+from models import UserError
 from utils import log
+
+from . import charts
+from .command import Loaded, Output, add_command, load_models, track
+from .lost import Found, LostOptions, box_iou, corloc, dino_seg, lost
+from .outliers import per_patch
+from .voc import Annotated, open_folder, open_voc
+from .walk import allow_any_size, attention, qkv, to_grid, walk
 
 PRESETS = {
     "lost-original": ("k", LostOptions()),
@@ -163,7 +165,7 @@ def _one(own: Namespace, result: Result, item: Annotated, picture: Image.Image) 
     for layer in walk(model, image):
         wanted = layer.index == setting.layer % depth
         swept = own.sweep and layer.index >= depth - SWEEP_LAYERS
-        if layer.index == depth - 1 and "class" in layer.kinds:
+        if layer.index == depth - 1 and "class" in layer.token_types:
             box = dino_seg(_class_map(own, layer), layer.grid, patch, size)
         if not wanted and not swept:
             continue
@@ -192,8 +194,8 @@ def to_tensor(picture: Image.Image, loaded: Loaded) -> Tensor:
 
 def _features(values: Tensor, layer: Any) -> Tensor:
     """(1,H,N,D) -> (n,H*D) of the patches, merged ones given to all of their patches."""
-    joined = values.transpose(1, 2).flatten(2)[:, layer.prefix :]
-    return to_grid(joined, layer.group_in, layer.grid)[0].flatten(0, 1)
+    joined = values.transpose(1, 2).flatten(2)[:, layer.num_prefix_tokens :]
+    return to_grid(joined, layer.before.group, layer.grid)[0].flatten(0, 1)
 
 
 def _class_map(own: Namespace, layer: Any) -> Tensor:

@@ -17,11 +17,12 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
-from models.analysis import Histogram
 from models.blocks import attend
-from models.capture import Layer, attention, walk
 from models.errors import UserError
 from models.vit import MergingViT, apply_merging
+
+from .outliers import Histogram
+from .walk import Layer, attention, walk
 
 Neuron = tuple[int, int]  # block, hidden unit
 QUIET = 0.5  # |activation| below this counts as silent for `sparse`
@@ -99,8 +100,8 @@ def hidden_activations(layer: Layer) -> Tensor:
     """Hidden activations (B,N,F) of a block that merges nothing, after the non-linearity."""
     block: Any = layer.block
     hidden_width(block.mlp)
-    y, _, _ = attend(block.attn, block.norm1(layer.x_in), layer.bias)
-    mlp, x = block.mlp, block.norm2(layer.x_in + block.ls1(y))
+    y, _, _ = attend(block.attn, block.norm1(layer.before.x), layer.bias)
+    mlp, x = block.mlp, block.norm2(layer.before.x + block.ls1(y))
     if isinstance(mlp, Mlp):
         return mlp.act(mlp.fc1(x))
     first, second = mlp.fc1(x).chunk(2, dim=-1)
@@ -140,7 +141,7 @@ def norm_table(model: MergingViT, batches: Iterable[Tensor], detection_layer: in
     for images in batches:
         rows = []
         for layer in walk(model, images, r=0):
-            norms = layer.x_out[:, layer.prefix :].float().norm(dim=-1).cpu()
+            norms = layer.after.x[:, layer.num_prefix_tokens :].float().norm(dim=-1).cpu()
             rows.append(norms.amax(dim=1))
             if layer.index == wanted:
                 detection.append(norms)
@@ -222,7 +223,7 @@ def _add_batch(sums: _Sums, model: MergingViT, images: Tensor, mask: Tensor, blo
     for layer in walk(model, images, r=0):
         if layer.index >= blocks:
             return
-        active = hidden_activations(layer)[:, layer.prefix :].float().abs()
+        active = hidden_activations(layer)[:, layer.num_prefix_tokens :].float().abs()
         at, off = (_masked_mean(active, which).sum(dim=0).double().cpu() for which in (mask, ~mask))
         quiet = (active < QUIET).float().mean(dim=1).sum(dim=0).double().cpu()
         if len(sums.at_outliers) <= layer.index:
@@ -284,20 +285,20 @@ class Effect:
         """Count a batch, without merging."""
         wanted, rows = check_layer(model, detection_layer), []
         for layer in walk(model, images, r=0):
-            norms = layer.x_out.float().norm(dim=-1).cpu()
+            norms = layer.after.x.float().norm(dim=-1).cpu()
             weights = attention(layer).mean(dim=1)[:, 0].float().cpu()  # the first token: class
-            patches = weights[:, layer.prefix :].amax(dim=1)
-            largest, token = norms[:, layer.prefix :].amax(dim=1), norms[:, layer.prefix - 1]
-            rows.append((largest, token, patches, weights[:, layer.prefix - 1]))
+            patches = weights[:, layer.num_prefix_tokens :].amax(dim=1)
+            largest, token = norms[:, layer.num_prefix_tokens :].amax(dim=1), norms[:, layer.num_prefix_tokens - 1]
+            rows.append((largest, token, patches, weights[:, layer.num_prefix_tokens - 1]))
             if layer.index == wanted:
-                self.norms.append(norms[:, layer.prefix :])
+                self.norms.append(norms[:, layer.num_prefix_tokens :])
             last = layer
         for store, values in zip(
             (self.largest, self.token, self.class_peak, self.class_to_token), zip(*rows, strict=True), strict=True
         ):
             store.append(torch.stack(values, dim=1))
-        tokens = model.norm(last.x_out)
-        top = model._classify(tokens, last.size_out)[0].argmax(dim=1).cpu()
+        tokens = model.norm(last.after.x)
+        top = model._classify(tokens, last.after.size)[0].argmax(dim=1).cpu()
         self.top.append(top)
         if targets is not None:
             self.correct.append(top == targets.cpu())

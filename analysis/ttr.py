@@ -13,10 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models import MergingViT, UserError, charts
-from models.analysis import Rule, bimodality, norms, per_patch
-from models.capture import attention, to_grid, walk
-from models.test_time_registers import (
+from models import MergingViT, UserError
+from utils import log
+
+from . import charts
+from .command import Images, Loaded, Output, add_command, load_models
+from .labels import labels_fit
+from .outliers import Rule, bimodality, norms, per_patch
+from .test_time_registers import (
     Effect,
     Neuron,
     NormTable,
@@ -27,9 +31,7 @@ from models.test_time_registers import (
     random_neurons,
     shift_neurons,
 )
-from run._inputs import Images, Loaded, Output, add_command, load_models
-from run._labels import labels_fit
-from utils import log
+from .walk import attention, to_grid, walk
 
 MOST_IMAGES = 1000  # the paper's number, unless --limit says otherwise
 STEPS = ("find", "apply", "eval")
@@ -201,9 +203,9 @@ def _maps(model: MergingViT, images: Tensor, detection_layer: int) -> tuple[np.n
     wanted = check_layer(model, detection_layer)
     for layer in walk(model, images, r=0):
         if layer.index == wanted:
-            lengths = norms(layer.x_out)
-            norm = to_grid(lengths[:, layer.prefix :], layer.group_out, layer.grid)
-            token = lengths[:, layer.prefix - 1]
+            lengths = norms(layer.after.x)
+            norm = to_grid(lengths[:, layer.num_prefix_tokens :], layer.after.group, layer.grid)
+            token = lengths[:, layer.num_prefix_tokens - 1]
     looks = per_patch(attention(layer)[:, :, 0].mean(dim=1), layer)
     return norm.cpu().numpy(), looks.cpu().numpy(), token.cpu().numpy()
 

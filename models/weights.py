@@ -13,10 +13,10 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from models.errors import UserError
+from .errors import UserError
 
 if TYPE_CHECKING:
-    from models.vit import MergingViT
+    from .vit import MergingViT
 
 StateDict = dict[str, Tensor]
 Slot = tuple[str, int]

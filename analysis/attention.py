@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models import UserError, charts
-from models.analysis import Rollout, mass_by_kind, patch_rows, per_patch, spread_metrics
-from models.capture import Layer, attention, patch_grid, token_kinds, walk
-from run._inputs import Images, Loaded, Output, add_command, load_models
+from models import UserError
+
+from . import charts
+from .command import Images, Loaded, Output, add_command, load_models
+from .outliers import Rollout, mass_by_kind, patch_rows, per_patch, spread_metrics
+from .walk import Layer, attention, patch_grid, token_kinds, walk
 
 MAP_BYTES = 2**28  # of one block's attention maps: larger batches are split
 METRICS = ("entropy", "top_patch", "top_2_percent")
@@ -59,7 +61,7 @@ class Tables:
         found = spread_metrics(per_patch(rows, layer)) | mass_by_kind(rows, layer)
         for name, values in found.items():
             total = values.sum(dim=0).double().cpu().numpy()  # (H,K)
-            for index, kind in enumerate((*layer.kinds, ALL_PATCHES)):
+            for index, kind in enumerate((*layer.token_types, ALL_PATCHES)):
                 table = self.sums.setdefault(kind, {}).setdefault(name, np.full(shape, np.nan))
                 before = np.nan_to_num(table[layer.index])
                 table[layer.index] = before + total[:, index]
@@ -158,10 +160,10 @@ def measure(own: Namespace, loaded: Loaded) -> Tables:
 
 def summary_rows(maps: Tensor, layer: Layer) -> Tensor:
     """Rows of the prefix tokens, and last the mean row of all patches: (B,H,N,N) -> (B,H,P+1,N)."""
-    size = layer.size_in[:, layer.prefix :]
+    size = layer.before.size[:, layer.num_prefix_tokens :]
     weight = (size / size.sum(dim=1, keepdim=True)).to(maps.dtype)
-    mean = torch.einsum("bhnm,bn->bhm", maps[:, :, layer.prefix :], weight)
-    return torch.cat((maps[:, :, : layer.prefix], mean.unsqueeze(2)), dim=2)
+    mean = torch.einsum("bhnm,bn->bhm", maps[:, :, layer.num_prefix_tokens :], weight)
+    return torch.cat((maps[:, :, : layer.num_prefix_tokens], mean.unsqueeze(2)), dim=2)
 
 
 def capture(own: Namespace, loaded: Loaded) -> Pictures:
@@ -194,7 +196,7 @@ def _capture_part(own: Namespace, loaded: Loaded, images: Tensor, shown: np.ndar
 
 def _first_token(summary: Tensor, layer: Layer, loaded: Loaded) -> Tensor:
     """The map (B,gh,gw) of the model's first kind of token; NaN in blocks before it enters."""
-    kinds, first = (*layer.kinds, ALL_PATCHES), (*token_kinds(loaded.model), ALL_PATCHES)[0]
+    kinds, first = (*layer.token_types, ALL_PATCHES), (*token_kinds(loaded.model), ALL_PATCHES)[0]
     maps = per_patch(summary.mean(dim=1), layer)
     return maps[:, kinds.index(first)] if first in kinds else torch.full_like(maps[:, 0], torch.nan)
 

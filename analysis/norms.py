@@ -10,10 +10,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from models import UserError, charts
-from models.analysis import Histogram, Rule, bimodality, bin_edges, norms
-from models.capture import final, to_grid, token_kinds, walk
-from run._inputs import Images, Loaded, Output, add_command, load_models
+from models import UserError
+
+from . import charts
+from .command import Images, Loaded, Output, add_command, load_models
+from .outliers import Histogram, Rule, bimodality, bin_edges, norms
+from .walk import final, to_grid, token_kinds, walk
 
 RULES = ("quantile:0.98", "quantile:0.995", "sigma:3", "ratio:3")
 DENSITY_BINS = 1024
@@ -85,13 +87,13 @@ def measure(own: Namespace, loaded: Loaded, out: Output) -> Measured:
     for batch in images:
         for layer in walk(model, batch.images):
             if layer.index == 0:
-                _count(found, 0, norms(layer.x_in), layer.prefix, layer.kinds)
-            lengths = norms(layer.x_out)
-            _count(found, layer.index + 1, lengths, layer.prefix, layer.kinds)
+                _count(found, 0, norms(layer.before.x), layer.num_prefix_tokens, layer.token_types)
+            lengths = norms(layer.after.x)
+            _count(found, layer.index + 1, lengths, layer.num_prefix_tokens, layer.token_types)
             if layer.index == own.layer % depth:
-                grid = to_grid(lengths[:, layer.prefix :], layer.group_out, layer.grid)
+                grid = to_grid(lengths[:, layer.num_prefix_tokens :], layer.after.group, layer.grid)
                 at_layer[found.images : found.images + len(grid)] = grid.flatten(1).cpu().numpy()
-        _count(found, depth + 1, norms(final(model, layer)), layer.prefix, layer.kinds)
+        _count(found, depth + 1, norms(final(model, layer)), layer.num_prefix_tokens, layer.token_types)
         found.images += len(batch.images)
     if not found.images:
         raise UserError("none of the images can be read")
@@ -312,7 +314,9 @@ def draw_images(own: Namespace, measured: Sequence[Measured], rows: Sequence[dic
 def _maps(own: Namespace, loaded: Loaded, images: torch.Tensor) -> np.ndarray:
     for layer in walk(loaded.model, images):
         if layer.index == own.layer % len(loaded.model.blocks):
-            return to_grid(norms(layer.x_out)[:, layer.prefix :], layer.group_out, layer.grid).cpu().numpy()
+            return (
+                to_grid(norms(layer.after.x)[:, layer.num_prefix_tokens :], layer.after.group, layer.grid).cpu().numpy()
+            )
     raise AssertionError("the layer was checked before")
 
 

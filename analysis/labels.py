@@ -3,8 +3,9 @@
 from argparse import Namespace
 
 from datasets import build_data
-from run._inputs import Loaded
 from utils import log
+
+from .command import Loaded
 
 
 def labels_fit(own: Namespace, loaded: Loaded) -> bool:

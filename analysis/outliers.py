@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.capture import Layer, to_grid
 from models.errors import UserError
 from models.merging import group_map, merge_by_map
+
+from .walk import Layer, to_grid
 
 # Norms and outliers
 
@@ -151,9 +152,9 @@ def per_patch(columns: Tensor, layer: Layer) -> Tensor:
     A token's mass is divided by the patches it stands for, so that a map sums to the mass on all patches whether or
     not something merged.
     """
-    spread = columns[..., layer.prefix :] / _like(layer.size_in[:, layer.prefix :], columns)
+    spread = columns[..., layer.num_prefix_tokens :] / _like(layer.before.size[:, layer.num_prefix_tokens :], columns)
     rows_last = spread.movedim(-1, 1)
-    return to_grid(rows_last, layer.group_in, layer.grid).movedim((1, 2), (-2, -1))
+    return to_grid(rows_last, layer.before.group, layer.grid).movedim((1, 2), (-2, -1))
 
 
 def _like(size: Tensor, columns: Tensor) -> Tensor:
@@ -163,18 +164,18 @@ def _like(size: Tensor, columns: Tensor) -> Tensor:
 def patch_rows(attention: Tensor, layer: Layer, patches: list[tuple[int, int]]) -> Tensor:
     """Rows of the tokens that hold the given patches (row, column): (B,H,N,N) -> (B,H,len(patches),N)."""
     index = torch.tensor([row * layer.grid[1] + column for row, column in patches], device=attention.device)
-    rows = layer.group_in[:, index] + layer.prefix
+    rows = layer.before.group[:, index] + layer.num_prefix_tokens
     return attention.gather(2, rows[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3]))
 
 
 def mass_by_kind(rows: Tensor, layer: Layer) -> dict[str, Tensor]:
     """Attention that rows (...,N) spend on class, distillation, registers and patches: each (...)."""
-    names = [kind.split()[0] for kind in layer.kinds]
+    names = [kind.split()[0] for kind in layer.token_types]
     mass: dict[str, Tensor] = {}
     for index, name in enumerate(names):
         key = "registers" if name == "register" else name
         mass[key] = mass.get(key, 0) + rows[..., index]
-    return mass | {"patches": rows[..., layer.prefix :].sum(dim=-1)}
+    return mass | {"patches": rows[..., layer.num_prefix_tokens :].sum(dim=-1)}
 
 
 def spread_metrics(maps: Tensor) -> dict[str, Tensor]:
@@ -207,23 +208,23 @@ class Rollout:
         """Take in one block and its map (B,H,N,N)."""
         rows = self._entered(layer)
         mixed = (attention.mean(dim=1).float() @ rows + rows) / 2
-        if layer.step is not None:
-            left = layer.x_out.shape[1]
-            mixed = merge_by_map(mixed, group_map(layer.step), left, layer.size_in)
+        if layer.merge is not None:
+            left = layer.after.x.shape[1]
+            mixed = merge_by_map(mixed, group_map(layer.merge), left, layer.before.size)
         self.rows = mixed
 
     def _entered(self, layer: Layer) -> Tensor:
         """Rows and columns for prefix tokens that enter with this block."""
-        batch, patches = layer.group_in.shape
+        batch, patches = layer.before.group.shape
         if self.rows is None:
-            rows = torch.eye(patches, device=layer.x_in.device).expand(batch, -1, -1)
+            rows = torch.eye(patches, device=layer.before.x.device).expand(batch, -1, -1)
         else:
             rows = self.rows
-        for index, kind in enumerate(layer.kinds):
+        for index, kind in enumerate(layer.token_types):
             if kind not in self.kinds:
                 rows = _insert(_insert(rows, 1, index), 2, index)
                 rows[:, index, index] = 1.0
-        self.kinds = layer.kinds
+        self.kinds = layer.token_types
         return rows
 
     def to_patches(self, grid: tuple[int, int]) -> Tensor:

@@ -11,7 +11,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets import decode
 from models import UserError
-from run._inputs import find_images
+
+from .command import find_images
 
 TREES = (
     "VOCdevkit/VOC2007/{Annotations,ImageSets/Main,JPEGImages} (also VOC2007 itself), or a folder with "

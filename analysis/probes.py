@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.analysis import neighbour_cosines
-from models.capture import to_grid, walk
 from models.errors import UserError
 from models.vit import MergingViT
+
+from .outliers import neighbour_cosines
+from .walk import to_grid, walk
 
 # Targets and features
 
@@ -80,7 +81,7 @@ def patch_features(model: MergingViT, images: Tensor, feature: Feature, outlier_
     wanted, judged = feature.index(depth), outlier_layer % depth
     features = norms = None
     for layer in walk(model, images):
-        patches = to_grid(layer.x_out[:, layer.prefix :], layer.group_out, layer.grid).flatten(1, 2)
+        patches = to_grid(layer.after.x[:, layer.num_prefix_tokens :], layer.after.group, layer.grid).flatten(1, 2)
         if layer.index == wanted:
             features = model.norm(patches) if feature.kind == "postnorm" else F.layer_norm(patches, patches.shape[-1:])
         if layer.index == judged:
@@ -389,15 +390,15 @@ class TokenBank:
         layer = norms = None
         for layer in walk(model, images):
             if layer.index == outlier_layer % len(model.blocks):
-                own = layer.x_out[:, layer.prefix :].float().norm(dim=-1)
-                norms = to_grid(own, layer.group_out, layer.grid).flatten(1).cpu()
+                own = layer.after.x[:, layer.num_prefix_tokens :].float().norm(dim=-1)
+                norms = to_grid(own, layer.after.group, layer.grid).flatten(1).cpu()
         assert layer is not None and norms is not None
-        tokens = model.norm(layer.x_out).float()
-        patches = to_grid(tokens[:, layer.prefix :], layer.group_out, layer.grid).flatten(1, 2).cpu()
+        tokens = model.norm(layer.after.x).float()
+        patches = to_grid(tokens[:, layer.num_prefix_tokens :], layer.after.group, layer.grid).flatten(1, 2).cpu()
         tokens = tokens.cpu()
         # copies: a view would keep all tokens of the batch
-        found = {kind: tokens[:, i].clone().expand(self.draws, -1, -1) for i, kind in enumerate(layer.kinds)}
-        registers = [i for i, kind in enumerate(layer.kinds) if kind.startswith("register")]
+        found = {kind: tokens[:, i].clone().expand(self.draws, -1, -1) for i, kind in enumerate(layer.token_types)}
+        registers = [i for i, kind in enumerate(layer.token_types) if kind.startswith("register")]
         if len(registers) > 1:
             found["mean of registers"] = tokens[:, registers].mean(dim=1).expand(self.draws, -1, -1)
         found["mean of patches"] = patches.mean(dim=1).expand(self.draws, -1, -1)

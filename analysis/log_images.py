@@ -10,10 +10,11 @@ import torch
 from matplotlib import colormaps
 from torch import Tensor
 
-from models.analysis import norms, per_patch
-from models.capture import Layer, attention, final, to_grid, walk
 from models.merging import merge_by_map, unmerge
 from models.vit import MergingViT
+
+from .outliers import norms, per_patch
+from .walk import Layer, attention, final, to_grid, walk
 
 SIDE = 224  # pixels of a picture, as far as whole patches allow
 GAP = 4
@@ -34,12 +35,14 @@ def log_images(model: MergingViT, images: Tensor, pictures: Tensor, writer: Any,
     model.eval()
     try:
         for layer in walk(model, images):
-            lengths = norms(layer.x_out)
-            writer.add_histogram(f"norms/block_{layer.index}/patches", lengths[:, layer.prefix :].cpu().numpy(), step)
-            for place, kind in enumerate(layer.kinds):
+            lengths = norms(layer.after.x)
+            writer.add_histogram(
+                f"norms/block_{layer.index}/patches", lengths[:, layer.num_prefix_tokens :].cpu().numpy(), step
+            )
+            for place, kind in enumerate(layer.token_types):
                 name = f"norms/{kind.replace(' ', '_')}/block_{layer.index}"
                 writer.add_scalar(name, float(lengths[:, place].mean()), step)
-        final_norms = norms(final(model, layer))[:, layer.prefix :]
+        final_norms = norms(final(model, layer))[:, layer.num_prefix_tokens :]
         writer.add_histogram("norms/after_the_final_norm/patches", final_norms.cpu().numpy(), step)
         writer.add_image("pictures", sheet(layer, pictures), step, dataformats="HWC")
     finally:
@@ -49,9 +52,9 @@ def log_images(model: MergingViT, images: Tensor, pictures: Tensor, writer: Any,
 def sheet(last: Layer, pictures: Tensor) -> np.ndarray:
     """One row per image: input, merged tokens, norms, then attention of every prefix token; uint8 (height,width,3)."""
     grid, rows = last.grid, []
-    length = to_grid(norms(last.x_out)[:, last.prefix :], last.group_out, grid).cpu()
-    looks = per_patch(attention(last)[:, :, : last.prefix].mean(dim=1), last).cpu()  # (B,P,gh,gw)
-    groups, pictures = last.group_out.cpu(), pictures.cpu()
+    length = to_grid(norms(last.after.x)[:, last.num_prefix_tokens :], last.after.group, grid).cpu()
+    looks = per_patch(attention(last)[:, :, : last.num_prefix_tokens].mean(dim=1), last).cpu()  # (B,P,gh,gw)
+    groups, pictures = last.after.group.cpu(), pictures.cpu()
     for i, picture in enumerate(pictures):
         panels = [_scaled(picture.permute(1, 2, 0).numpy(), grid), _merged(picture, groups[i], grid)]
         panels += [_heat(length[i].numpy(), grid), *(_heat(look.numpy(), grid) for look in looks[i])]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from build import Weights, build_config, build_model
 from datasets import (
     Batch,
     DataConfig,
@@ -33,11 +34,12 @@ from datasets import (
     build_transform,
     unnormalise,
 )
-from main import Parser, Weights, build_config, build_model, parse_args
+from distributed import init_distributed
 from models import MergingViT, UserError
 from models.gmacs import gmacs
 from models.schedule import format_schedule
-from utils import Progress, git_revision, init_distributed, log, seed_all, to_plain, versions, write_json
+from options import Parser, parse_args
+from utils import Progress, git_revision, log, seed_all, to_plain, versions, write_json
 
 # options of main.py that mean something to an instrument; any other one would do nothing and is refused
 MEANINGFUL = frozenset(

@@ -12,8 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models import UserError, charts
-from models.analysis import (
+from models import UserError
+
+from . import charts
+from .command import Images, Loaded, Output, add_command, load_models
+from .outliers import (
     CosineHistogram,
     GroupCosines,
     Histogram,
@@ -24,8 +27,7 @@ from models.analysis import (
     norms,
     per_patch,
 )
-from models.capture import Layer, attention, final, to_grid, walk
-from run._inputs import Images, Loaded, Output, add_command, load_models
+from .walk import Layer, attention, final, to_grid, walk
 
 SAMPLES = 2048  # tokens that layers are compared on
 
@@ -117,7 +119,7 @@ def _threshold(own: Namespace, loaded: Loaded) -> tuple[float, Tensor]:
     total, number = torch.zeros(model.embed_dim, dtype=torch.float64), 0
     for batch in Images(own, loaded, title=f"norms of {loaded.label}"):
         layer = _layer(own, loaded, batch.images)
-        x = layer.x_out[:, layer.prefix :]
+        x = layer.after.x[:, layer.num_prefix_tokens :]
         histogram.add(norms(x))
         total += x.double().sum(dim=(0, 1)).cpu()
         number += x.shape[0] * x.shape[1]
@@ -140,14 +142,14 @@ def _measure_batch(
     model, stages = found.loaded.model, []
     for layer in walk(model, images):
         if layer.index == 0:
-            stages.append(_take(layer.x_in, layer.group_in, layer.prefix, chosen))
-        stages.append(_take(layer.x_out, layer.group_out, layer.prefix, chosen))
+            stages.append(_take(layer.before.x, layer.before.group, layer.num_prefix_tokens, chosen))
+        stages.append(_take(layer.after.x, layer.after.group, layer.num_prefix_tokens, chosen))
         if layer.index == own.layer % len(model.blocks):
             _compare(found, layer, images)
-    stages.append(_take(final(model, layer), layer.group_out, layer.prefix, chosen))
-    if layer.prefix:
-        found.kinds = layer.kinds
-        maps = per_patch(attention(layer)[:, :, : layer.prefix].mean(dim=1), layer)
+    stages.append(_take(final(model, layer), layer.after.group, layer.num_prefix_tokens, chosen))
+    if layer.num_prefix_tokens:
+        found.kinds = layer.token_types
+        maps = per_patch(attention(layer)[:, :, : layer.num_prefix_tokens].mean(dim=1), layer)
         cosines = map_cosines(maps).sum(dim=0).double().cpu()
         total = cosines if not total.numel() else total + cosines
     return torch.stack(stages), total
@@ -161,10 +163,10 @@ def _take(x: Tensor, group: Tensor, prefix: int, chosen: tuple[Tensor, Tensor]) 
 
 def _compare(found: Found, layer: Layer, images: Tensor) -> None:
     """Outliers of this layer: their input patches' neighbours, and the tokens among themselves."""
-    x = layer.x_out[:, layer.prefix :].float()
+    x = layer.after.x[:, layer.num_prefix_tokens :].float()
     outlier = norms(x) > found.cut
-    found.neighbours.add(*_neighbours(found.loaded, images, to_grid(outlier, layer.group_out, layer.grid)))
-    others = {kind: layer.x_out[:, index].float() for index, kind in enumerate(layer.kinds)}
+    found.neighbours.add(*_neighbours(found.loaded, images, to_grid(outlier, layer.after.group, layer.grid)))
+    others = {kind: layer.after.x[:, index].float() for index, kind in enumerate(layer.token_types)}
     found.raw.add(x, outlier, others)
     mean = found.mean.to(x)
     found.centred.add(x - mean, outlier, {kind: tokens - mean for kind, tokens in others.items()})

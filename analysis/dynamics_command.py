@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from models import MergingViT, UserError, apply_merging, charts
-from models.register_dynamics import RULES, Simulation, Tally, check_model, forward_under, simulate
+from models import MergingViT, UserError, apply_merging
 from models.schedule import MergeConfig, format_schedule, parse_schedule
-from run._inputs import Images, Loaded, Output, add_command, load_models
-from run._labels import labels_fit
 from utils import log, seed_all
+
+from . import charts
+from .command import Images, Loaded, Output, add_command, load_models
+from .labels import labels_fit
+from .register_dynamics import RULES, Simulation, Tally, check_model, forward_under, simulate
 
 STYLES = {"protected": "-", "published": "--", "unprotected": ":"}
 

@@ -20,6 +20,8 @@ from models.blocks import Local, attention_map, log_size, project_qkv, run_block
 from models.criteria import first_patch, window_of
 from models.errors import UserError
 from models.merging import Merge, group_map
+from models.schedule import MergeConfig
+from models.tokens import Tokens
 from models.vit import MergingViT
 
 
@@ -29,17 +31,27 @@ class Layer:
 
     index: int
     block: Block
-    x_in: Tensor  # (B,N,C) residual stream, with the prefix tokens that enter before this block
-    x_out: Tensor  # (B,M,C)
-    size_in: Tensor  # (B,N) patches per token, 1 for the prefix
-    size_out: Tensor  # (B,M)
-    prefix: int  # P, prefix tokens present in this block
-    kinds: tuple[str, ...]  # their names, P of them
-    group_in: Tensor  # (B,n) in [0, N-P): the incoming token that each patch is in
-    group_out: Tensor  # (B,n) in [0, M-P)
-    step: Merge | None  # the merge of this block, None where nothing merges
-    bias: Tensor | None  # (B,1,1,N) proportional attention's key bias; None: all zeros
-    grid: tuple[int, int]  # (gh,gw), n = gh * gw
+    before: Tokens  # with the prefix tokens that enter before this block
+    after: Tokens
+    merge: Merge | None  # the merge of this block, None where nothing merges
+    config: MergeConfig
+    token_types: tuple[str, ...]  # names of the prefix tokens, P of them
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P, the prefix tokens present in this block."""
+        return self.before.num_prefix_tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.before.grid
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Proportional attention's key bias (B,1,1,N); None: all zeros."""
+        tokens = self.before
+        return log_size(tokens.size, tokens.x) if self.config.prop_attn and tokens.sizes_differ else None
 
 
 @torch.no_grad()
@@ -63,23 +75,23 @@ def walk(model: MergingViT, images: Tensor, r: Any = None) -> Iterator[Layer]:
             local = Local(plan.local[index], windows)
         out = run_block(block, x, size, prefix, plan.merges[index], model.merge, merged, local)
         left = group if out.step is None else group_map(out.step).gather(1, group + prefix) - prefix
-        bias = log_size(size, x) if model.merge.prop_attn and merged else None
-        kinds = token_kinds(model, index)
-        yield Layer(index, block, x, out.x, size, out.size, prefix, kinds, group, left, out.step, bias, grid)
+        before = Tokens(x, size, prefix, grid, {}, group, merged)
         x, size, group, merged = out.x, out.size, left, merged or out.step is not None
+        after = Tokens(x, size, prefix, grid, {}, group, merged)
+        yield Layer(index, block, before, after, out.step, model.merge, token_kinds(model, index))
 
 
 def final(model: MergingViT, layer: Layer) -> Tensor:
     """Tokens (B,M,C) after the final norm, from the last layer of `walk`: `model(images, trace=True).tokens`."""
     with torch.no_grad():
-        return model.norm(layer.x_out)
+        return model.norm(layer.after.x)
 
 
 def qkv(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value (B,H,N,D) of the block's incoming tokens: before scaling, with bias and any q/k norm."""
     block: Any = layer.block
     with torch.no_grad():
-        return project_qkv(block.attn, block.norm1(layer.x_in))
+        return project_qkv(block.attn, block.norm1(layer.before.x))
 
 
 def attention(layer: Layer) -> Tensor:
@@ -105,7 +117,7 @@ def to_grid(values: Tensor, group: Tensor, grid: tuple[int, int] | None = None) 
 
     Args:
         values: of the T patch tokens, without the prefix.
-        group: (B,n) with values in [0,T), as `Layer.group_in` or `group_out`.
+        group: (B,n) with values in [0,T), as `Layer.before.group` or `after.group`.
         grid: (gh,gw) with gh * gw = n; None: square.
     """
     batch, patches = group.shape

@@ -14,12 +14,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from datasets import unnormalise
-from models import UserError, charts
-from models import probes as P
-from models.analysis import Histogram, Rule
-from models.capture import patch_grid
-from run._inputs import Images, Loaded, Output, add_command, load_models, track
+from models import UserError
 from utils import log
+
+from . import charts
+from . import probes as P
+from .command import Images, Loaded, Output, add_command, load_models, track
+from .outliers import Histogram, Rule
+from .walk import patch_grid
 
 MOST_IMAGES = 2000  # unless --limit says otherwise: a probe's features go to a temporary file
 MOST_LABELLED = 20_000  # per split: probes of the class hold one token of every kind of each image in memory

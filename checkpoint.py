@@ -1,0 +1,268 @@
+"""Checkpoint files: written whole or not at all, read without running code, resumed from; and random state."""
+
+import argparse
+import hashlib
+import os
+import pathlib
+import random
+import re
+import shutil
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+import torch._dynamo
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from distributed import broadcast_object
+from models.errors import UserError
+from utils import _first_line, _replacing, _temporary, _write_synced, is_main_process, log
+
+
+class DamagedCheckpoint(UserError):
+    """A file that is torn, altered or no checkpoint at all, so that the one before it may serve instead."""
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global streams in tensors and plain values; of CUDA the current device, if it is in use."""
+    version, words, gauss = random.getstate()
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    inner = numpy_state["state"]
+    cached = [int(numpy_state["has_gauss"]), float(numpy_state["gauss"])]
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [torch.from_numpy(inner["key"].astype(np.int64)), int(inner["pos"]), *cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what `rng_state` returned; a CUDA state is skipped where there is no CUDA."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    key, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", key.cpu().numpy().astype(np.uint32), pos, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+# DeiT and MCTF save their argparse Namespace; under submitit DeiT's output_dir is a path, read here as a pure one,
+# which has no way to the disk. Python 3.13 pickles paths as pathlib._local.
+_ALLOWED: list[Any] = [
+    argparse.Namespace,
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
+]
+
+
+_RESUME_KEYS = ("model", "optimizer", "lr_scheduler", "epoch")
+
+
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before version 1.6
+
+
+def previous_path(path: str | Path) -> Path:
+    """Where the checkpoint before `path` is kept: checkpoint.pth -> checkpoint_prev.pth."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_prev{path.suffix}")
+
+
+def save_checkpoint(path: str | Path, state: Mapping[str, Any], keep_previous: bool = True) -> None:
+    """Write a checkpoint so that at every instant a whole one is on the disk; only rank 0 calls this.
+
+    Keys of a run's checkpoint: model, model_ema, optimizer, lr_scheduler, scaler, epoch, step, rng, sampler, merge,
+    args, best; tensors and plain values only. The one before is kept at `previous_path(path)`. Raises RunError when
+    the disk is full or fails; the files from before are then unchanged.
+    """
+    path = Path(path)
+    with _replacing(path) as temporary:
+        _write_synced(temporary, lambda file: torch.save(dict(state), file))
+        if keep_previous and path.exists():
+            _rotate(temporary, path)
+        else:
+            os.replace(temporary, path)
+
+
+def _rotate(new: Path, path: Path) -> None:
+    """Rename `new` over `path` and the old `path` over its previous file.
+
+    In this order the previous file is given up only when the new one is in place, even if `path` itself is torn.
+    """
+    old = _temporary(path, "old.tmp")
+    old.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, old)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, old)
+        os.replace(new, path)
+        os.replace(old, previous_path(path))
+    finally:
+        old.unlink(missing_ok=True)  # rename(2) leaves both names if they are the same file already
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a .pth (also of DeiT, MCTF and torch < 1.6) or .safetensors file or URL; runs no code from it.
+
+    A bare state dict, as safetensors holds, comes back as {"model": state}. Raises UserError in one line: missing,
+    unreadable, or objects other than tensors and plain values (named); DamagedCheckpoint: empty, torn, altered
+    (each part's checksum is compared) or not a checkpoint.
+    """
+    file = _download(str(path)) if _is_url(path) else Path(path).expanduser()
+    start = _read_start(file)
+    if file.suffix == ".safetensors":
+        return {"model": _load_safetensors(file, map_location)}
+    if start.startswith(b"PK") or zipfile.is_zipfile(file):
+        _check_zip(file)
+    state = _unpickle(file, start, map_location)
+    if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
+        raise DamagedCheckpoint(f"{file} is not a checkpoint: it holds a {type(state).__name__}, not named tensors")
+    bare = all(isinstance(value, torch.Tensor) for value in state.values())
+    return {"model": state} if bare else state
+
+
+def _is_url(path: str | Path) -> bool:
+    return str(path).startswith(("http://", "https://"))
+
+
+def _download(url: str) -> Path:
+    """Path of a URL's file in torch's hub cache, downloaded if it is not there.
+
+    A name with a hash, as DeiT's, is kept, so that a cache filled elsewhere serves; others get the URL's hash.
+    """
+    name = os.path.basename(urlparse(url).path) or "checkpoint.pth"
+    if not re.search(r"-[0-9a-f]{8,}\.", name):
+        name = f"{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}-{name}"
+    target = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), progress=sys.stderr.isatty() and is_main_process())
+    except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
+        hint = f"download it elsewhere and put it at {target}, or give a local file"
+        raise UserError(f"cannot download {url}: {_first_line(error)}; {hint}") from error
+    return target
+
+
+def _read_start(file: Path) -> bytes:
+    """First bytes of a file, after the checks that need no format."""
+    try:
+        if file.is_dir():
+            raise UserError(f"{file} is a folder, not a checkpoint; name the .pth file in it")
+        with open(file, "rb") as handle:
+            start = handle.read(64)
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {file} does not exist; check the path") from error
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {file}: {error.strerror}") from error
+    if not start:
+        raise DamagedCheckpoint(f"checkpoint {file} is empty (0 bytes); take another one")
+    return start
+
+
+def _damaged(file: Path, why: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"checkpoint {file} is torn or damaged ({why}); delete it and take another one")
+
+
+def _check_zip(file: Path) -> None:
+    """Compare the checksum of every part, which torch.load does not."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+            # torch reads nothing for an entry that is marked as a folder and leaves its tensor uninitialised
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+    except Exception as error:  # zipfile raises nearly any type on altered bytes
+        raise _damaged(file, _first_line(error)) from error
+    if bad is not None or folders:
+        raise _damaged(file, f"wrong checksum of {bad}" if bad is not None else f"{folders[0]} is marked as a folder")
+
+
+def _load_safetensors(file: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file, device=str(map_location))
+    except SafetensorError as error:
+        raise _damaged(file, _first_line(error)) from error
+
+
+def _unpickle(file: Path, start: bytes, map_location: str | torch.device) -> Any:
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
+            warnings.simplefilter("ignore")  # of foreign files; the error below says it in one line
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:  # the unpickler raises nearly any type on foreign bytes
+        raise _unpickle_error(file, start, error) from error
+
+
+def _unpickle_error(file: Path, start: bytes, error: Exception) -> UserError:
+    """Why torch refused: pickled code or objects (named), a damaged old file, or no checkpoint."""
+    named = re.search(r"GLOBAL ([\w.]*\w) ", str(error))
+    if named:
+        rule = "only tensors and plain values are read, no code is run; save its state_dict() instead"
+        return UserError(f"checkpoint {file} holds the Python object {named[1]}; {rule}")
+    why = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or type(error).__name__
+    if start.startswith(_LEGACY_START):
+        return _damaged(file, why)
+    detail = f" ({why[:100]})" if start.startswith(b"PK") else ""  # of other kinds it tells about random bytes
+    return DamagedCheckpoint(
+        f"{file} is not a checkpoint that torch can read{detail}; give a .pth or .safetensors file"
+    )
+
+
+def _newest_good(output_dir: str | Path | None) -> tuple[dict[str, Any], str] | tuple[None, None]:
+    """Newest whole checkpoint of a run, with one warning for a torn one; (None, None) if there is none."""
+    if not output_dir:
+        raise UserError("--resume auto looks into --output_dir, which is not given; add it")
+    current = Path(output_dir).expanduser() / "checkpoint.pth"
+    torn = ""
+    for path in (current, previous_path(current)):
+        if not path.exists():
+            continue
+        try:
+            state = load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            torn = torn or str(error)
+            continue
+        if torn:
+            log(f"warning: {torn}: resuming from {path}")
+        return state, str(path)
+    if torn:
+        raise UserError(f"no checkpoint to resume in {output_dir}: {torn}, or start anew in another --output_dir")
+    return None, None
+
+
+def load_resume(resume: str | None, output_dir: str | Path | None) -> tuple[dict[str, Any], str] | None:
+    """State and path for --resume FILE, URL or auto; None for no --resume, or auto in a new folder.
+
+    Rank 0 decides for all ranks, so that they never resume different files; all ranks must call it.
+    """
+    if not resume:
+        return None
+    state, path, message = None, None, None
+    if is_main_process():
+        try:
+            state, path = _newest_good(output_dir) if resume == "auto" else (load_checkpoint(resume), resume)
+        except UserError as error:
+            message = str(error)
+    path, message = broadcast_object((path, message))
+    if message is not None:
+        raise UserError(message)
+    if path is None:
+        return None
+    return state if state is not None else load_checkpoint(path), path
+
+
+def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
+    """Raise UserError if a checkpoint holds weights only, from which training cannot go on."""
+    missing = [key for key in _RESUME_KEYS if key not in state]
+    if missing:
+        raise UserError(f"{path} cannot resume training: it has no {', '.join(missing)}; use --finetune {path}")
