@@ -18,8 +18,9 @@ import timm
 import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
-from datasets import RECIPES, SOURCES
+from datasets import DATASETS, RECIPES
 from distributed import close_distributed
+from losses import mixes_images
 from models import UserError
 from models.parameters import TRAIN_ONLY
 from models.registry import NAMES
@@ -155,7 +156,7 @@ def _general_flags(parser: Parser) -> None:
 
 def _data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", "--data_set", default="IMNET", metavar="NAME", help=", ".join(SOURCES))
+    group.add_argument("--dataset", "--data_set", default="IMNET", metavar="NAME", help=", ".join(DATASETS))
     group.add_argument("--data_path", help="folder of the data (default: data/<dataset>); WDS: shard patterns")
     group.add_argument("--input_size", type=Number(int, 1, 4096), help="pixels (default: the model's)")
     group.add_argument(
@@ -415,8 +416,8 @@ def check_rules(args: Namespace) -> None:
     --r_warmup_epochs and --full_weight without merging by `losses.build_objective`, --train_only and --register_lr_mult
     without registers by `models.parameters`, class counts by `build.build_model` and `build.build_teacher`.
     """
-    if args.dataset not in SOURCES:
-        raise UserError(nearest(args.dataset, SOURCES, "--dataset"))
+    if args.dataset not in DATASETS:
+        raise UserError(nearest(args.dataset, DATASETS, "--dataset"))
     if args.eval_crop_ratio == 0:
         raise UserError(f"--eval_crop_ratio must lie in (0, 1], it is {args.eval_crop_ratio}")
     if args.log_images and (args.eval or not args.output_dir):
@@ -446,8 +447,7 @@ def _check_evaluation_flags(args: Namespace) -> None:
 def _check_augmentation(args: Namespace) -> None:
     if args.src and not args.three_augment:
         raise UserError("--src does nothing without --three_augment; give both or neither")
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixes and args.batch_size % 2:  # timm mixes an image with its mirror position in the batch
+    if mixes_images(args) and args.batch_size % 2:  # timm mixes an image with its mirror position in the batch
         raise UserError(f"mixup and cutmix need an even --batch_size, not {args.batch_size}; or --mixup 0 --cutmix 0")
     if args.bce_loss and args.smoothing:
         raise UserError("--bce_loss trains on hard 0/1 targets, which smoothing contradicts; add --smoothing 0")
