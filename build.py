@@ -1,8 +1,8 @@
-"""What the options ask for: merging, weights, preprocessing, the model, the teacher, and a model for scripts."""
+"""What the options ask for: weights, preprocessing, the model, the teacher, and a model for scripts."""
 
 import warnings
 from argparse import Namespace
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import timm
@@ -13,30 +13,13 @@ from checkpoint import load_checkpoint, load_resume
 from datasets import Data, DataConfig, build_data, with_own_normalisation
 from distributed import Distributed
 from engine import Precision, build_precision
-from models import MergeConfig, MergingViT, UserError, create_model
+from models import MergingViT, UserError, create_model
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
-from models.schedule import format_schedule, parse_schedule
+from models.schedule import format_schedule
 from models.weights import extract_state_dict, load_weights, unwrap_state_dict
+from options import merge_config
 from utils import log, seed_all, setup_output
-
-_MERGE_FIELDS = [field.name for field in fields(MergeConfig) if field.name not in ("method", "r", "activate_layers")]
-
-
-def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> MergeConfig:
-    """The merging that the command line asks for, or a checkpoint's where it asks for nothing."""
-    given = {name: getattr(args, name) for name in _MERGE_FIELDS if getattr(args, name) is not None}
-    if args.activate_layer is not None:
-        given["activate_layers"] = args.activate_layer
-    asks = args.merge is not None or args.r is not None or bool(given)
-    if stored is not None and not asks and not (stored["method"] == "none" and args.r_evals):
-        return MergeConfig.from_dict(stored)
-    evaluated = [r for r in args.r_evals or () if parse_schedule(r) != 0]
-    method = args.merge or ("tome" if args.r is not None or evaluated else "none")
-    if method != "none" and args.r is None and not args.r_evals:
-        raise UserError(f"--merge {method} merges nothing without an amount; give --r, for instance --r 16")
-    r = args.r if args.r is not None else evaluated[0] if evaluated and method != "none" else 0
-    return MergeConfig(method=method, r=r, **given)
 
 
 class Weights:
@@ -187,7 +170,6 @@ def prepare(args: Namespace, dist: Distributed) -> tuple[Data, Weights, MergingV
     """Build everything that training and evaluation share; the cheapest checks come first."""
     setup_output(args.output_dir, dist.is_main)
     seed_all(args.seed)  # the same fresh parameters on all ranks
-    merge_config(args)
     precision = build_precision(args, dist.device)
     weights = Weights(args, args.model)
     data = build_data(args, build_config(args, weights.name))

@@ -17,7 +17,6 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-import build
 import main
 import options
 from models.schedule import token_plan
@@ -61,7 +60,7 @@ def test_every_promised_script_is_there() -> None:
 def test_recipe_is_what_its_name_and_header_say(script: Path) -> None:
     launcher, args = echoed(script)
     verb, _, size, method = script.stem.split("_", 3)
-    config = build.merge_config(args)
+    config = options.merge_config(args)
     assert launcher == [sys.executable]
     assert args.eval == (verb == "eval")
     assert args.model == PUBLISHED[size]
