@@ -24,7 +24,7 @@ from models import MergeConfig, MergingViT, UserError, apply_merging, create_mod
 from models.gmacs import gmacs
 from models.registry import data_settings
 from models.weights import extract_state_dict, load_weights
-from utils import log, write_json
+from utils import write_json
 
 BLOCKS = tuple(range(1, 12))
 ROWS: dict[str, MergeConfig] = {
@@ -66,9 +66,9 @@ def build_parser() -> options.Parser:
     parser.add_argument("--model", default="deit_tiny")
     parser.add_argument("--weights", required=True, help="checkpoint of the dense model")
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name starts with one of these")
-    parser.add_argument("--limit", type=options.positive)
-    parser.add_argument("--batch_size", type=options.positive, default=64)
-    parser.add_argument("--num_workers", type=options.count, default=2)
+    parser.add_argument("--limit", type=options.positive_int)
+    parser.add_argument("--batch_size", type=options.positive_int, default=64)
+    parser.add_argument("--num_workers", type=options.non_negative_int, default=2)
     parser.add_argument("--device", default=None)
     parser.add_argument("--amp", choices=("bf16", "fp16", "none"), default="none")
     parser.add_argument("--out", help="file to write, with .json and .md")
@@ -92,7 +92,7 @@ def table(argv: Sequence[str]) -> list[dict[str, Any]]:
     variants = Variants(model, rows).to(dist.device)
     loader = build_eval_loader(settings, data.val, 0, 1)
     precision = build_precision(settings, dist.device)
-    scores = evaluate(variants, loader, list(rows), precision, dist, agreement=True, log=log, title="methods")
+    scores = evaluate(variants, loader, list(rows), precision, dist, agreement=True, title="methods")
     assert scores is not None
     measured = [
         {"method": name, "gmacs": gmacs(variants.models[i]), "n_images": score.n_images}  # type: ignore[arg-type]
