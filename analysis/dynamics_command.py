@@ -14,8 +14,7 @@ from models.schedule import MergeConfig, format_schedule, parse_schedule
 from utils import log, seed_all
 
 from . import charts
-from .command import Images, Loaded, Output, add_command, load_models
-from .labels import labels_fit
+from .command import Images, Loaded, Output, add_command, labels_fit, load_models
 from .register_dynamics import RULES, Simulation, Tally, check_model, forward_under, simulate
 
 STYLES = {"protected": "-", "published": "--", "unprotected": ":"}

@@ -20,9 +20,8 @@ from utils import log
 from . import charts
 from .command import Loaded, Output, add_command, load_models, track
 from .lost import Found, LostOptions, box_iou, corloc, dino_seg, lost
-from .outliers import per_patch
 from .voc import Annotated, open_folder, open_voc
-from .walk import allow_any_size, attention, qkv, to_grid, walk
+from .walk import allow_any_size, attention, per_patch, qkv, to_grid, walk
 
 PRESETS = {
     "lost-original": ("k", LostOptions()),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.errors import UserError
 from models.vit import MergingViT
 
-from .outliers import neighbour_cosines
+from .similarity import neighbour_cosines
 from .walk import to_grid, walk
 
 # Targets and features

@@ -304,7 +304,10 @@ def probes(own: Namespace, rest: Sequence[str]) -> None:
     rule = _rule(own, models)
     limits = [None if loaded.args.limit else MOST_LABELLED for loaded in models]
     sets = [
-        (Images(own, loaded, "train", limit=limit), Images(own, loaded, "val", limit=limit))
+        (
+            Images(own, loaded, "train", (f"norms of {loaded.label}", f"training tokens of {loaded.label}"), limit),
+            Images(own, loaded, "val", f"test tokens of {loaded.label}", limit),
+        )
         for loaded, limit in zip(models, limits, strict=True)
     ]
     out = Output(own, rest, models)
@@ -318,10 +321,8 @@ def probes(own: Namespace, rest: Sequence[str]) -> None:
 
 def _probe_model(own: Namespace, loaded: Loaded, rule: Rule, train: Images, test: Images) -> dict[str, Any]:
     histogram = Histogram()
-    train.title, test.title = f"norms of {loaded.label}", f"test tokens of {loaded.label}"
     for batch in train:
         histogram.add(P.patch_features(loaded.model, batch.images, P.Feature(), own.outlier_layer)[1])
-    train.title = f"training tokens of {loaded.label}"
     cut = rule.cut(histogram)
     banks = [P.TokenBank(own.draws, loaded.args.seed + i) for i in range(2)]
     for bank, images in zip(banks, (train, test), strict=True):

@@ -22,7 +22,7 @@ from models.errors import UserError
 from models.vit import MergingViT, apply_merging
 
 from .outliers import Histogram
-from .walk import Layer, attention, walk
+from .walk import Layer, attention, check_layer, walk
 
 Neuron = tuple[int, int]  # block, hidden unit
 QUIET = 0.5  # |activation| below this counts as silent for `sparse`
@@ -120,7 +120,7 @@ class NormTable:
 
     @property
     def histogram(self) -> Histogram:
-        """Of the norms at the detection layer: what `models.analysis.Rule` cuts."""
+        """Of the norms at the detection layer: what `analysis.outliers.Rule` cuts."""
         histogram = Histogram()
         histogram.add(self.detection)
         return histogram
@@ -147,14 +147,6 @@ def norm_table(model: MergingViT, batches: Iterable[Tensor], detection_layer: in
                 detection.append(norms)
         largest.append(torch.stack(rows, dim=1))
     return NormTable(torch.cat(detection), torch.cat(largest))
-
-
-def check_layer(model: MergingViT, layer: int) -> int:
-    """A block's index, from the end if negative."""
-    depth = len(model.blocks)
-    if not -depth <= layer < depth:
-        raise UserError(f"layer {layer} does not exist: the model has blocks 0..{depth - 1} (or -1..-{depth})")
-    return layer % depth
 
 
 @dataclass(frozen=True)

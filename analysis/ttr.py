@@ -17,21 +17,19 @@ from models import MergingViT, UserError
 from utils import log
 
 from . import charts
-from .command import Images, Loaded, Output, add_command, load_models
-from .labels import labels_fit
-from .outliers import Rule, bimodality, norms, per_patch
+from .command import Images, Loaded, Output, add_command, labels_fit, load_models
+from .outliers import Rule, bimodality, norms
 from .test_time_registers import (
     Effect,
     Neuron,
     NormTable,
     Ranking,
-    check_layer,
     find_neurons,
     norm_table,
     random_neurons,
     shift_neurons,
 )
-from .walk import attention, to_grid, walk
+from .walk import attention, check_layer, per_patch, to_grid, walk
 
 MOST_IMAGES = 1000  # the paper's number, unless --limit says otherwise
 STEPS = ("find", "apply", "eval")
