@@ -40,16 +40,9 @@ from distributed import init_distributed
 from models import MergingViT, UserError
 from models.gmacs import gmacs
 from models.schedule import format_schedule
-from options import Parser, parse_args
+from options import INFERENCE_GROUPS, Parser, flags_of, given_flags, parse_args
 from utils import Progress, git_revision, log, to_plain, versions, write_json
 
-# options of main.py that mean something to an instrument; any other one would do nothing and is refused
-MEANINGFUL = frozenset(
-    "config dataset data_path input_size batch_size num_workers limit pin_mem eval_crop_ratio interpolation"
-    " model num_registers register_layer pretrained finetune"
-    " merge r activate_layer dense_layers prop_attn tau_sim tau_info tau_size bidirectional one_step_ahead pooling"
-    " min_tokens local_grid global_layer seed device eval".split()
-)
 SHORT = {"registers": "num_registers", "weights": "finetune"}
 DATA_FLAGS = ("--dataset", "--data_set", "--data_path")
 BATCH_SIZE = "16"  # maps of attention are large
@@ -155,14 +148,11 @@ def main_args(main_argv: Sequence[str], spec: Spec | None = None) -> Namespace:
     Raises:
         UserError: an option that no instrument heeds.
     """
-    tokens = ["--eval", "--batch_size", BATCH_SIZE, *main_argv, *(spec.flags if spec else ())]
-    args, idle = parse_args(tokens), parse_args(["--eval", "--dataset", "IMNET"])
-    if args.dataset == "DIGITS":  # its recipe differs from the defaults in many places
-        idle = parse_args(["--eval", "--dataset", "DIGITS"])
-    for name, value in vars(args).items():
-        if name not in MEANINGFUL and value != getattr(idle, name):
-            raise UserError(f"--{name} has no effect on an analysis; leave it out")
-    return args
+    argv = [*main_argv, *(spec.flags if spec else ())]
+    idle = given_flags(argv) - flags_of(*INFERENCE_GROUPS) - {"eval"}  # which is implied
+    if idle:
+        raise UserError(f"--{min(idle)} has no effect on an analysis; leave it out")
+    return parse_args(["--eval", "--batch_size", BATCH_SIZE, *argv])
 
 
 def load_models(args: Namespace, main_argv: Sequence[str]) -> list[Loaded]:

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.commands import COMMANDS
-from options import Parser, exit_status, underscored
+from options import Parser, exit_status, normalise_flag
 
 
 def build_parser() -> Parser:
@@ -33,7 +33,7 @@ def build_parser() -> Parser:
 
 def analyze(argv: Sequence[str]) -> None:
     """Run one command line. What the command's parser does not know are flags of main.py."""
-    args, main_argv = build_parser().parse_known_args([underscored(token) for token in argv])
+    args, main_argv = build_parser().parse_known_args([normalise_flag(token) for token in argv])
     args.run(args, main_argv)
 
 
