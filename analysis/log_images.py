@@ -13,8 +13,8 @@ from torch import Tensor
 from models.merging import merge_by_map, unmerge
 from models.vit import MergingViT
 
-from .outliers import norms, per_patch
-from .walk import Layer, attention, final, to_grid, walk
+from .outliers import norms
+from .walk import Layer, attention, final, per_patch, to_grid, walk
 
 SIDE = 224  # pixels of a picture, as far as whole patches allow
 GAP = 4

@@ -24,6 +24,8 @@ from models.schedule import MergeConfig
 from models.tokens import Tokens
 from models.vit import MergingViT
 
+MAP_BYTES = 2**28  # of one block's attention maps: more images than that are run in parts
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -78,7 +80,7 @@ def walk(model: MergingViT, images: Tensor, r: Any = None) -> Iterator[Layer]:
         before = Tokens(x, size, prefix, grid, {}, group, merged)
         x, size, group, merged = out.x, out.size, left, merged or out.step is not None
         after = Tokens(x, size, prefix, grid, {}, group, merged)
-        yield Layer(index, block, before, after, out.step, model.merge, token_kinds(model, index))
+        yield Layer(index, block, before, after, out.step, model.merge, token_types(model, index))
 
 
 def final(model: MergingViT, layer: Layer) -> Tensor:
@@ -112,6 +114,26 @@ def patch_grid(model: MergingViT, images: Tensor) -> tuple[int, int]:
     return height, width
 
 
+def layer_at(model: MergingViT, images: Tensor, index: int) -> Layer:
+    """Run the model on images (B,3,H,W) up to one block, named from the front or the end, and return that block."""
+    index = check_layer(model, index)
+    return next(layer for layer in walk(model, images) if layer.index == index)
+
+
+def images_at_once(model: MergingViT, images: Tensor) -> int:
+    """Return how many images of this size make attention maps (fp32, one block) that fit in `MAP_BYTES`; at least 1."""
+    rows, columns = patch_grid(model, images)
+    tokens = rows * columns + model.num_prefix_tokens
+    blocks: Any = model.blocks
+    heads = max(block.attn.num_heads for block in blocks)
+    return max(1, MAP_BYTES // (4 * heads * tokens**2))
+
+
+def in_parts(model: MergingViT, images: Tensor) -> Iterator[Tensor]:
+    """Split a batch (B,3,H,W) into parts whose attention maps fit in `MAP_BYTES`."""
+    yield from images.split(images_at_once(model, images))
+
+
 def to_grid(values: Tensor, group: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
     """Give every patch the value of the token it is in: values (B,T,...) by group (B,n) -> (B,gh,gw,...).
 
@@ -130,14 +152,46 @@ def to_grid(values: Tensor, group: Tensor, grid: tuple[int, int] | None = None) 
     return values[rows, group].unflatten(1, grid)
 
 
-def token_kinds(model: MergingViT, layer: int | None = None) -> tuple[str, ...]:
-    """Names of the prefix tokens in order: class, distillation, register 1..R (layer: only those in that block)."""
+def per_patch(columns: Tensor, layer: Layer) -> Tensor:
+    """Spread attention to tokens over the patches in them: (B,...,N) -> (B,...,gh,gw).
+
+    A token's mass is divided by the patches it stands for, so that a map sums to the mass on all patches whether or
+    not something merged.
+    """
+    size = layer.before.size[:, layer.num_prefix_tokens :].to(columns.dtype)
+    spread = columns[..., layer.num_prefix_tokens :] / size.view(len(size), *[1] * (columns.ndim - 2), -1)
+    tokens_second = spread.movedim(-1, 1)  # where `to_grid` expects them
+    return to_grid(tokens_second, layer.before.group, layer.grid).movedim((1, 2), (-2, -1))
+
+
+def token_types(model: MergingViT, index: int | None = None) -> tuple[str, ...]:
+    """Names of the prefix tokens in order: class, distillation, register 1..R.
+
+    Args:
+        index: block whose prefix tokens are meant; None: all that enter at some block.
+    """
     names: list[str] = []
-    if layer is None or layer >= model.class_layer:
+    if index is None or index >= model.class_layer:
         names += ["class", "distillation"][: model.num_class_tokens]
-    if layer is None or layer >= model.register_layer:
-        names += [f"register {index + 1}" for index in range(model.num_registers)]
+    if index is None or index >= model.register_layer:
+        names += [f"register {number + 1}" for number in range(model.num_registers)]
     return tuple(names)
+
+
+def check_layer(model: MergingViT, layer: int, name: str = "layer", label: str = "the model") -> int:
+    """Return the index of a block, which may be counted from the end (-1: the last).
+
+    Args:
+        name: of the option that holds `layer`, for the error.
+        label: of the model, for the error.
+
+    Raises:
+        UserError: the model has no such block.
+    """
+    depth = len(model.blocks)
+    if not -depth <= layer < depth:
+        raise UserError(f"{name} is {layer}, but {label} has blocks 0..{depth - 1} (or -{depth}..-1)")
+    return layer % depth
 
 
 def allow_any_size(model: MergingViT) -> None:

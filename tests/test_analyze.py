@@ -143,7 +143,7 @@ def test_splitting_batches_changes_no_number(
     toy: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = analyse("attention", tmp_path / "a", "--models", toy, "--data", photos, "--show", 0)
-    monkeypatch.setattr("run._analyze_attention.MAP_BYTES", 1)  # one image at a time
+    monkeypatch.setattr("analysis.walk.MAP_BYTES", 1)  # one image at a time
     parts = analyse("attention", tmp_path / "b", "--models", toy, "--data", photos, "--show", 0)
     for kind, metrics in whole["models"][0]["per_block"].items():
         for name, values in metrics.items():

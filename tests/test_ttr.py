@@ -207,7 +207,7 @@ def test_find_apply_eval(toy: list[str], tmp_path: Path) -> None:
     [
         (["find", "--outlier_rule", "much"], "outlier rule"),
         (["find", "--top_layer", "9"], "--top_layer"),
-        (["find", "--detection_layer", "9"], "layer 9"),
+        (["find", "--detection_layer", "9"], "layer is 9"),
         (["find", "--outlier_rule", "abs:1000000"], "nothing to find"),
         (["eval"], "--neurons"),
         (["apply", "--neurons", "nowhere.json"], "nowhere.json"),

@@ -1,15 +1,13 @@
 """The view of the instruments is the forward itself: same tokens, same groups, same attention."""
 
-import ast
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from analysis.walk import allow_any_size, attention, final, patch_grid, qkv, to_grid, token_kinds, walk
+from analysis.walk import allow_any_size, attention, final, patch_grid, qkv, to_grid, token_types, walk
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.blocks import join_heads, project_out
 
@@ -92,10 +90,10 @@ def test_values_go_back_to_their_patches() -> None:
 
 def test_names_of_prefix_tokens() -> None:
     model = make("late")[0]
-    assert token_kinds(model) == ("class", "register 1", "register 2", "register 3")
-    assert [len(token_kinds(model, layer)) for layer in range(4)] == [0, 1, 4, 4]
-    assert token_kinds(make("distilled")[0])[:3] == ("class", "distillation", "register 1")
-    assert token_kinds(make("no prefix")[0]) == ()
+    assert token_types(model) == ("class", "register 1", "register 2", "register 3")
+    assert [len(token_types(model, layer)) for layer in range(4)] == [0, 1, 4, 4]
+    assert token_types(make("distilled")[0])[:3] == ("class", "distillation", "register 1")
+    assert token_types(make("no prefix")[0]) == ()
 
 
 def test_any_size_is_timms_dynamic_size_and_changes_nothing_at_the_own_size() -> None:
@@ -115,27 +113,3 @@ def test_any_size_is_timms_dynamic_size_and_changes_nothing_at_the_own_size() ->
     fixed.eval()(images)
     with pytest.raises(AssertionError):
         fixed(odd)  # the model it was made from stays as it was
-
-
-CORE = "__init__ blocks checkpoint criteria errors gmacs merging parameters registry schedule vit".split()
-INSTRUMENTS = "analysis capture charts log_images lost probes register_dynamics report test_time_registers".split()
-
-
-def imported(file: Path) -> set[str]:
-    """Modules of models/ and run/ that a file imports, wherever in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-def test_the_core_imports_no_instrument(repo: Path) -> None:
-    core = [repo / "models" / f"{name}.py" for name in CORE]
-    core += [repo / f"{name}.py" for name in ("losses", "datasets", "utils")]
-    for file in core:
-        found = imported(file)
-        assert not found & {f"models.{name}" for name in INSTRUMENTS}, file.name
-        assert not any(name.split(".")[0] in ("run", "matplotlib") for name in found), file.name
