@@ -223,7 +223,7 @@ def measure(
     )
 
 
-def _check_bank(name: str, bank: TokenBank, label: str, outlier_rule: str) -> None:
+def _check_bank(name: str, bank: TokenBank, label: str, outlier_rule: Rule) -> None:
     """Refuse a split of which too few images are left; five of a class let a fifth of them choose the strength."""
     labels, numbers = np.unique(bank.labels[bank.covered], return_counts=True)
     if len(labels) < 2 or (name == "train" and numbers.min() < 5):
@@ -322,7 +322,13 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     results = []
     for loaded, (train, test) in zip(models, sets, strict=True):
         title = f"probes of {loaded.label}"
-        more = {"outlier_rule": rule, "seed": loaded.args.seed, "label": loaded.label, "report": log, "strengths": args.C}
+        more = {
+            "outlier_rule": rule,
+            "seed": loaded.args.seed,
+            "label": loaded.label,
+            "report": log,
+            "strengths": args.C,
+        }
         track = lambda names, title=title: command.track(names, len(names), title)  # noqa: E731
         results.append(measure(loaded.model, train, test, **options, **more, track=track))
     rows = [summarise(result) for result in results]

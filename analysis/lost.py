@@ -179,6 +179,11 @@ def box_iou(box: Sequence[float], others: np.ndarray) -> np.ndarray:
     return common / (area + areas - common + 1e-7)
 
 
+def best_overlap(box: Box, objects: np.ndarray) -> float:
+    """Intersection over union of a box with the object (n,4) that it overlaps best."""
+    return float(box_iou(box, objects).max())
+
+
 def corloc(overlaps: Sequence[float], least: float = 0.5) -> float:
     """Percentage of images whose box overlaps some object by at least `least`."""
     return 100.0 * float(np.mean(np.asarray(overlaps) >= least)) if len(overlaps) else float("nan")
@@ -286,14 +291,14 @@ class LostResult:
         row: dict[str, Any] = {"name": scene.name, "box": boxes.lost.box, "seed": boxes.lost.seed}
         row["dino_seg"] = boxes.dino_seg
         if scene.boxes is not None and scene.image is not None:
-            overlap: Callable[[Box], float] = lambda box: float(box_iou(box, scene.boxes).max())  # noqa: E731
-            row["iou"] = overlap(boxes.lost.box)
+            row["iou"] = best_overlap(boxes.lost.box, scene.boxes)
             self.overlaps.append(row["iou"])
-            self.whole_image_overlaps.append(overlap((0, 0, scene.image.shape[2], scene.image.shape[1])))
+            whole = (0, 0, scene.image.shape[2], scene.image.shape[1])
+            self.whole_image_overlaps.append(best_overlap(whole, scene.boxes))
             if boxes.dino_seg is not None:
-                self.dino_seg_overlaps.append(overlap(boxes.dino_seg))
+                self.dino_seg_overlaps.append(best_overlap(boxes.dino_seg, scene.boxes))
             for setting, box in boxes.swept.items():
-                self.swept_overlaps.setdefault(setting, []).append(overlap(box))
+                self.swept_overlaps.setdefault(setting, []).append(best_overlap(box, scene.boxes))
         self.images.append(row)
 
     def miss(self, scene: Scene) -> None:

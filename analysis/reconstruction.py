@@ -202,9 +202,7 @@ def _fit_mlp(
     return train_probe(probe, store, folds, squared_error(target), epochs, seed=seed, report=report)
 
 
-def _fit_positions(
-    store: Store, folds: Folds, epochs: int, seed: int, report: Callable[[str], None]
-) -> nn.Module:
+def _fit_positions(store: Store, folds: Folds, epochs: int, seed: int, report: Callable[[str], None]) -> nn.Module:
     features, _ = store.read(folds.train[:1])
     probe = nn.Linear(features.shape[-1], features.shape[1])
     return train_probe(probe, store, folds, position_loss, epochs, seed=seed, report=report)
@@ -408,7 +406,16 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     out = command.Output(args, main_argv, models)
     options = {name: getattr(args, name) for name in ("probe", "target", "outlier_layer", "epochs")}
     results = [
-        measure(m.model, images, **options, outlier_rule=rule, feature=args.feat, seed=m.args.seed, label=m.label, report=log)
+        measure(
+            m.model,
+            images,
+            **options,
+            outlier_rule=rule,
+            feature=args.feat,
+            seed=m.args.seed,
+            label=m.label,
+            report=log,
+        )
         for m, images in zip(models, sets, strict=True)
     ]
     rows = [summarise(result) for result in results]

@@ -457,7 +457,17 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     from utils import table
 
     labelled = "acc1" in rows[0]
-    headers = ["model", "R", "r", "rule", "tokens left", "agree %", "minus protected", "KL", "registers alone at the end"]
+    headers = [
+        "model",
+        "R",
+        "r",
+        "rule",
+        "tokens left",
+        "agree %",
+        "minus protected",
+        "KL",
+        "registers alone at the end",
+    ]
     cells = [
         [
             row["label"],
@@ -474,4 +484,4 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     note = f"n = {rows[0]['n_images']} images; ± one standard error over images, of the differences paired by image."
-    return f"{table([*headers, 'top-1 %'], cells)}\n\n{note}\n"
+    return f"{table([*headers, 'top-1 %'], cells, left=4)}\n\n{note}\n"

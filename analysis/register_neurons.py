@@ -1,4 +1,4 @@
-"""Register neurons (Jiang et al., arXiv 2506.08010): few hidden units of the MLPs write the outliers; find and move them.
+"""Register neurons (Jiang et al., arXiv 2506.08010): the few hidden units that write outliers, found and moved.
 
 A register neuron is a hidden unit of an MLP that is active at outlier patches. `find_neurons` ranks them;
 `shift_neurons` gives a model that shares the weights, has one all-zero register more and moves the neurons'
@@ -74,8 +74,8 @@ def shift_neurons(model: MergingViT, neurons: Iterable[Neuron], add_token: bool 
     zero = model.patch_embed.proj.weight.new_zeros(1, 1, model.embed_dim)
     shifted.reg_token = nn.Parameter(zero if registers is None else torch.cat((registers, zero), dim=1))
     for block, units in by_block.items():
-        # timm's MLPs apply `norm` to the activations (B,N,F) between non-linearity and second layer: the one place where
-        # they can be changed by a module of the model's own, without a hook
+        # timm's MLPs apply `norm` to the activations (B,N,F), between non-linearity and second layer: the one place
+        # where a module of the model's own, without a hook, can change them
         mlp: Any = shifted.blocks[block].mlp
         mlp.norm = nn.Sequential(Shift(units, shifted.num_prefix_tokens - 1), mlp.norm)
     return shifted.train(model.training)

@@ -1,4 +1,4 @@
-"""Test-time registers (arXiv 2506.08010): find register neurons, move them to an extra token, measure what that changes.
+"""Test-time registers (arXiv 2506.08010): find register neurons, move them to an extra token, measure the effect.
 
     found = test_time_registers.find(model, images)
     result = test_time_registers.measure(model, images, found.ranking.neurons, found.cut)
@@ -203,7 +203,9 @@ class VariantResult:
                 self.norms.append(lengths[:, prefix:])
             last = layer
         by_block = (torch.stack(values, dim=1) for values in zip(*rows, strict=True))
-        for store, values in zip((self.largest, self.token, self.class_peak, self.class_to_token), by_block, strict=True):
+        for store, values in zip(
+            (self.largest, self.token, self.class_peak, self.class_to_token), by_block, strict=True
+        ):
             store.append(values)
         tokens = model.norm(last.after.x)
         top = model._classify(tokens, last.after.size)[0].argmax(dim=1).cpu()
@@ -212,7 +214,12 @@ class VariantResult:
             self.correct.append(top == targets.cpu())
 
     def summary(self, cut: float, before: "VariantResult | None" = None) -> dict[str, Any]:
-        """Means over images; `cut` is the outlier threshold of the model `before`, which predictions are compared with."""
+        """Means over images.
+
+        Args:
+            cut: the norm above which a patch is an outlier.
+            before: the model before, which predictions are compared with.
+        """
         norms, largest = torch.cat(self.norms).double(), torch.cat(self.largest).double()
         peaks = norms.amax(dim=1)
         row: dict[str, Any] = {
@@ -445,7 +452,7 @@ def _run_find(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> No
         label=loaded.label,
     )
     log(f"outliers: norm > {found.cut:.2f} after block {args.detection_layer}; neurons of blocks 0..{found.top_layer}")
-    out.json("neurons", {**summarise_neurons(found), "outlier_rule": args.outlier_rule})
+    out.json("neurons", summarise_neurons(found))
     out.npz("neurons", {"largest": found.table.largest, "norms": found.table.detection})
     out.png("neurons", draw_neurons(found))
     ranking = found.ranking
