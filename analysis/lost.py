@@ -28,6 +28,7 @@ from models.vit import MergingViT
 
 from . import charts
 from .inputs import Images, as_list, evaluation
+from .panels import stretch
 from .walk import Layer, allow_any_size, attention, check_layer, per_patch, qkv, to_grid, walk
 
 if TYPE_CHECKING:
@@ -346,7 +347,10 @@ def measure(
             boxes = localise(vit, scene.image, setting, head, sweep and scene.boxes is not None)
             result.add(scene, boxes)
             if index % every == 0 and len(result.shown) < show:
-                result.shown.append(ShownScene(_picture(scene), boxes.lost, boxes.dino_seg, scene.boxes))
+                picture = scene.picture
+                if picture is None:
+                    picture = stretch(scene.image).permute(1, 2, 0).cpu().numpy()
+                result.shown.append(ShownScene(picture, boxes.lost, boxes.dino_seg, scene.boxes))
     return result
 
 
@@ -364,15 +368,6 @@ def _scenes(images: Images | Iterable[Scene]) -> Iterator[Scene]:
             yield item
         else:
             yield from (Scene(image) for image in (item if isinstance(item, Tensor) else item[0]))
-
-
-def _picture(scene: Scene) -> np.ndarray:
-    if scene.picture is not None:
-        return scene.picture
-    assert scene.image is not None
-    image = scene.image.float().cpu()
-    scaled = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-12)
-    return scaled.permute(1, 2, 0).numpy()
 
 
 def summarise(result: LostResult) -> dict[str, Any]:
