@@ -254,6 +254,8 @@ def measure(
                 cosines = _cosines_of_maps(last)
                 map_sum = cosines if not map_sum.numel() else map_sum + cosines
             result.images += len(batch)
+    if result.images != number:
+        raise UserError(f"the first pass saw {number} images, the second {result.images}; give a list, not a generator")
     result.token_types = last.token_types
     result.maps = (map_sum / result.images).numpy()
     result.cka, result.cosine = layer_tables(torch.cat(samples, dim=1))

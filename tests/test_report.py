@@ -18,8 +18,9 @@ from PIL import Image
 
 import run.analyze as analyze
 from analysis.command import main_args, specs_of
-from analysis.html import Picture, Section, Table, lookup, render, rounded, show
+from analysis.html import EmbeddedPng, Section, Table, cell_text, render, rounded
 from analysis.log_images import GAP, log_images
+from analysis.report import lookup
 from models import MergeConfig
 from models.registry import OWN_SIZES
 
@@ -69,7 +70,9 @@ def self_contained(text: str) -> Page:
 def test_page_holds_everything_and_nothing_else() -> None:
     table = Table(("a", "b"), (("x<y", 0.123456), (None, 2)), "cap & tion")
     sections = [
-        Section("one", "First <b>", "text", (table,), (Picture(png(), 'a "picture"'),), raw={"v": [1.0, float("nan")]}),
+        Section(
+            "one", "First <b>", "text", (table,), (EmbeddedPng(png(), 'a "picture"'),), raw={"v": [1.0, float("nan")]}
+        ),
         Section("two", "Second", "text", problem="no <data>", command="python x.py --a 'b c'"),
     ]
     text = render("Title & more", "sub", sections, "foot")
@@ -92,7 +95,7 @@ def test_page_holds_everything_and_nothing_else() -> None:
 
 
 def test_small_things() -> None:
-    assert [show(v) for v in (None, float("nan"), 0.123456, 12, "x", 1e9)] == [
+    assert [cell_text(v) for v in (None, float("nan"), 0.123456, 12, "x", 1e9)] == [
         "-",
         "-",
         "0.1235",
@@ -102,9 +105,9 @@ def test_small_things() -> None:
     ]
     assert lookup({"a": {"b": 1}}, "a/b") == 1 and lookup({"a": 1}, "a/b") is None and lookup({}, "x") is None
     assert rounded({1: (0.123456789, "x")}) == {"1": [0.123457, "x"]}
-    assert Picture(png(40), "").width == 40
+    assert EmbeddedPng(png(40), "").width == 40
     with pytest.raises(ValueError, match="PNG"):
-        Picture(b"GIF89a", "")
+        EmbeddedPng(b"GIF89a", "")
 
 
 @pytest.fixture
