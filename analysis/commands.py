@@ -1,6 +1,19 @@
 """The commands of run/analyze.py: a new instrument is a module and its name here, twice."""
 
-from . import attention, dynamics_command, lost_command, norms, probes_command, report, similarity, ttr
+from . import (
+    attention,
+    class_probes,
+    lost,
+    norms,
+    reconstruction,
+    register_dynamics,
+    report,
+    similarity,
+    test_time_registers,
+)
 
 # modules with `add_parser(subparsers)`, in the order of --help
-COMMANDS = (attention, dynamics_command, lost_command, norms, probes_command, report, similarity, ttr)
+COMMANDS = (
+    *(attention, register_dynamics, lost, norms, reconstruction),
+    *(class_probes, report, similarity, test_time_registers),
+)
