@@ -12,7 +12,7 @@ from torch import Tensor
 from models import MergingViT
 
 from .outliers import norms
-from .pictures import Scale, draw_groups, mean_colours, to_picture
+from .panels import Scale, draw_groups, mean_colours, to_picture
 from .walk import Layer, attention, final, per_patch, to_grid, walk
 
 SIDE = 224  # pixels of a picture, as far as whole patches allow

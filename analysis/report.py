@@ -18,6 +18,7 @@ import torch
 
 from models import UserError
 
+from . import pictures
 from .html import EmbeddedPng, Section, Table, render
 
 if TYPE_CHECKING:
@@ -389,8 +390,6 @@ def _without(main_argv: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def _draw_merged(args: Namespace, models: Sequence["Loaded"], folder: Path) -> None:
-    from run.visualize import Pictures, draw_merged
-
     from .command import Images
 
     merging = [loaded for loaded in models if any(loaded.model.plan().merges)]
@@ -399,16 +398,10 @@ def _draw_merged(args: Namespace, models: Sequence["Loaded"], folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for loaded in merging:
         images = Images(args, loaded, title="merged tokens", limit=args.show)
-        batch = next(iter(images))
-        shown = batch.images[: args.show]
-        groups = loaded.model(shown, trace=True).groups
-        depth = len(groups)
-        blocks = sorted({max(0, round(depth * part / 4) - 1) for part in (1, 2, 3, 4)})
-        grid = loaded.model.patch_embed.dynamic_feat_size(tuple(shown.shape[-2:]))
+        shown = next(iter(images)).images[: args.show]
         looks = torch.from_numpy(images.pictures(shown)).permute(0, 3, 1, 2)
-        captions = tuple(f"image {i + 1}" for i in range(len(shown)))
-        canvas = draw_merged(looks, groups, blocks, grid, Pictures(shown, loaded.config, captions))
-        canvas.save(folder / f"merged_{loaded.slug}.png")
+        result = pictures.measure(loaded.model, shown, pictures=looks, label=loaded.label)
+        pictures.draw(result).save(folder / f"merged_{loaded.slug}.png")
 
 
 def _read(file: Path) -> dict[str, Any]:

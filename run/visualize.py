@@ -180,7 +180,11 @@ def build_parser() -> Parser:
     command.add_argument("--num_images", type=int, default=5, metavar="N")
     command.add_argument("--blocks", type=_block_list, metavar="0,5,11", help="default: four, evenly spread")
     command.add_argument(
-        "--views", nargs="+", choices=pictures.VIEWS, default=("groups",), help="what is drawn, a row each (default: groups)"
+        "--views",
+        nargs="+",
+        choices=pictures.VIEWS,
+        default=("groups",),
+        help="what is drawn, a row each (default: groups)",
     )
     command.add_argument("--weights", metavar="FILE|URL", help="the same as --finetune")
     command.add_argument("--out", type=Path, required=True, metavar="FILE.png")
