@@ -244,10 +244,13 @@ def with_registers(model: MergingViT, count: int) -> MergingViT:
 
     Fresh ones are untrained (trunc-normal .02, from torch's global generator).
     """
+    return apply_merging(model, _by_tome(model), count).to(next(model.parameters()).device).eval()
+
+
+def _by_tome(model: MergingViT) -> MergeConfig:
+    """The model's merging; where it merges nothing, tome's, so that the rules have an order to change."""
     merge = model.merge
-    if merge.method == "none":
-        merge = MergeConfig(method="tome", prop_attn=merge.prop_attn)
-    return apply_merging(model, merge, count).to(next(model.parameters()).device).eval()
+    return MergeConfig(method="tome", prop_attn=merge.prop_attn) if merge.method == "none" else merge
 
 
 @torch.no_grad()
@@ -311,7 +314,7 @@ def simulate_all(
     """
     registers = model.num_registers or 4
     keys = Simulation(images, model.patch_embed.num_patches, correlation=correlation)
-    whole = apply_merging(model, replace(model.merge, r=0), registers)
+    whole = apply_merging(model, replace(_by_tome(model), r=0), registers)
     rows = []
     for r in schedules:
         for rule in rules:
