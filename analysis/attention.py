@@ -64,7 +64,7 @@ def mass_by_token_type(rows: Tensor, layer: Layer) -> dict[str, Tensor]:
 
 
 def spread_metrics(maps: Tensor) -> dict[str, Tensor]:
-    """How concentrated maps (...,gh,gw) over the patches are, of their own mass: each (...).
+    """Measure how concentrated maps (...,gh,gw) over the patches are, relative to their own mass: each (...).
 
     Returns:
         entropy: 1 spread evenly, 0 all on one patch.
@@ -115,7 +115,7 @@ class Rollout:
         return rows
 
     def to_patches(self, grid: tuple[int, int]) -> Tensor:
-        """What reaches the first prefix token (without any: the mean patch) from each patch: (B,gh,gw)."""
+        """The share of each patch in the first prefix token (without any: in the mean patch): (B,gh,gw)."""
         assert self.rows is not None, "add comes first"
         row = self.rows[:, 0] if self.token_types else self.rows.mean(dim=1)
         return row[:, len(self.token_types) :].unflatten(1, grid)
@@ -412,10 +412,10 @@ def draw_heads(maps: AttentionMaps) -> Figure:
 def draw_patches(maps: AttentionMaps) -> Figure:
     """Draw where the chosen patches look; they are outlined."""
     rows = []
-    for picture, looks in zip(maps.pictures, maps.patches.mean(axis=1), strict=True):
+    for picture, query_maps in zip(maps.pictures, maps.patches.mean(axis=1), strict=True):
         cells = [
-            charts.overlay_cell(picture, look, _limits(look), query)
-            for look, query in zip(looks, maps.queries, strict=True)
+            charts.overlay_cell(picture, query_map, _limits(query_map), query)
+            for query_map, query in zip(query_maps, maps.queries, strict=True)
         ]
         rows.append([charts.image_cell(picture), *cells])
     columns = ["input", *(f"patch {row},{column}" for row, column in maps.queries)]
@@ -513,7 +513,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
 
 
 def arrays(result: AttentionResult, maps: AttentionMaps | None = None) -> dict[str, np.ndarray]:
-    """What the npz holds: every metric per block and head, and the maps of the images that are drawn."""
+    """Arrays of the npz: every metric per block and head, and the maps of the images that are drawn."""
     metrics = {f"{token}/{name}": values for token, table in result.means().items() for name, values in table.items()}
     if maps is None:
         return metrics

@@ -1,4 +1,4 @@
-"""What every instrument takes: a model, images and results, each in the forms that are handy in a notebook."""
+"""The inputs of all instruments: a model, images and results, each in the forms that are handy in a notebook."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,5 +55,5 @@ def labelled_batches(images: Iterable[Any], model: MergingViT) -> Iterator[tuple
 
 
 def as_list(results: Result | Sequence[Result]) -> list[Result]:
-    """One result or several, as a list."""
+    """Make a list of one result or several."""
     return list(results) if isinstance(results, Sequence) else [results]

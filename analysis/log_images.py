@@ -49,7 +49,7 @@ def log_images(model: MergingViT, images: Tensor, pictures: Tensor, writer: Any,
 
 
 def sheet(last: Layer, pictures: Tensor) -> np.ndarray:
-    """One row per image: input, merged tokens, norms, then attention of every prefix token; uint8 (height,width,3).
+    """Draw a row per image: input, merged tokens, norms, then attention of every prefix token; uint8 (height,width,3).
 
     Args:
         last: the last block of a walk over the images.
@@ -59,13 +59,13 @@ def sheet(last: Layer, pictures: Tensor) -> np.ndarray:
     cell = max(1, SIDE // max(grid))
     group = last.after.group.cpu()
     norm_maps = to_grid(norms(last.after.x)[:, last.num_prefix_tokens :], last.after.group, grid).cpu().numpy()
-    looks = per_patch(attention(last)[:, :, : last.num_prefix_tokens].mean(dim=1), last).cpu().numpy()  # (B,P,gh,gw)
+    attended = per_patch(attention(last)[:, :, : last.num_prefix_tokens].mean(dim=1), last).cpu().numpy()  # (B,P,gh,gw)
     colours = mean_colours(pictures, group, grid).unflatten(1, grid).numpy()
     groups = group.unflatten(1, grid).numpy()
     rows = []
     for index, picture in enumerate(pictures):
         panels = [to_picture(picture, grid, cell), draw_groups(colours[index], groups[index], cell, line=1)]
-        panels += [_heat(values, cell) for values in (norm_maps[index], *looks[index])]
+        panels += [_heat(values, cell) for values in (norm_maps[index], *attended[index])]
         rows.append(_with_gaps(panels, axis=1))
     return _with_gaps(rows, axis=0)
 

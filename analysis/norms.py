@@ -31,7 +31,7 @@ DENSITY_BINS = 1024
 
 @dataclass
 class NormResult:
-    """Norms of one model's tokens over a set of images.
+    """Norms of a model's tokens over a set of images.
 
     Stage 0 is the input of the first block, stage i the output of block i - 1, the last stage the tokens after the
     final norm.
@@ -177,7 +177,7 @@ def summarise(result: NormResult, rule: Rule = DEFAULT_RULE, baseline: NormResul
 
 
 def outlier_shares(result: NormResult, cut: float) -> dict[str, float]:
-    """How much lies above a cut after the chosen block.
+    """Measure how much lies above a cut after the chosen block.
 
     Returns:
         share: of the patches, which is exact; a merged token counts once per patch.
@@ -397,7 +397,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
 
 
 def arrays(result: NormResult, cut: float) -> dict[str, np.ndarray]:
-    """What the npz holds: histograms of the patches, means of the prefix tokens per stage, and where outliers sit."""
+    """Arrays of the npz: histograms of the patches, means of the prefix tokens per stage, and where outliers sit."""
     means = {
         f"mean_{name.replace(' ', '_')}": np.array(
             [stage[name].mean if name in stage else np.nan for stage in result.prefix]

@@ -91,7 +91,7 @@ def bin_edges(bins: int = BINS) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rule:
-    """How outliers are told: `quantile:0.98`, `sigma:3` (mean + 3 std), `ratio:3` (3 medians), `abs:150`."""
+    """A rule that tells outliers: `quantile:0.98`, `sigma:3` (mean + 3 std), `ratio:3` (3 medians), `abs:150`."""
 
     name: str
     value: float

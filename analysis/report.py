@@ -397,8 +397,9 @@ def _draw_merged(args: Namespace, models: Sequence["Loaded"], folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for loaded in merging:
         images, shown = Images(args, loaded, title="merged tokens", limit=args.show).load()
-        looks = torch.from_numpy(shown).permute(0, 3, 1, 2)
-        result = pictures.measure(loaded.model, images, pictures=looks, label=loaded.label)
+        result = pictures.measure(
+            loaded.model, images, pictures=torch.from_numpy(shown).permute(0, 3, 1, 2), label=loaded.label
+        )
         pictures.draw(result).save(folder / f"merged_{loaded.slug}.png")
 
 

@@ -509,7 +509,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
 
 
 def arrays(result: SimilarityResult) -> dict[str, np.ndarray]:
-    """What the npz holds."""
+    """Arrays of the npz."""
     return {
         "neighbour_counts": result.neighbours.counts,
         "neighbour_centres": result.neighbours.centres,

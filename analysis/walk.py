@@ -1,7 +1,7 @@
-"""What happens inside a model, block by block: the view that all instruments share.
+"""A model block by block: the view that all instruments share.
 
-`walk` runs the very block functions of the forward, from outside: the forward itself knows nothing of it and pays
-nothing. Layers are handed out one at a time, so that memory holds one block's tokens as long as the caller keeps none.
+`walk` is the forward's own loop over the blocks, which hands out one layer at a time, so that memory holds one block's
+tokens as long as the caller keeps none.
 
 Shapes: B batch, N tokens in, M tokens out, n patches at the input, P prefix tokens, C channels, H heads, D their
 channels, (gh,gw) the patch grid.

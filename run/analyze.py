@@ -22,7 +22,7 @@ from options import Parser, exit_status, normalise_flag
 
 
 def build_parser() -> Parser:
-    """One sub-command per instrument; each adds its own."""
+    """Make the parser with its sub-commands, which the instruments add."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="analyze.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
@@ -32,13 +32,13 @@ def build_parser() -> Parser:
 
 
 def analyze(argv: Sequence[str]) -> None:
-    """Run one command line. What the command's parser does not know are flags of main.py."""
+    """Run one command line. Words that the command's parser does not know are taken for flags of main.py."""
     args, main_argv = build_parser().parse_known_args([normalise_flag(token) for token in argv])
     args.run(args, main_argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
+    """Run one command line and return the exit status."""
     return exit_status("analyze.py", analyze, argv)
 
 
