@@ -1,4 +1,4 @@
-"""The commands of run/analyze.py: a new instrument is a module and its name here, twice."""
+"""The commands of run/analyze.py: a new instrument is a module and its name here."""
 
 from . import (
     attention,
@@ -14,6 +14,13 @@ from . import (
 
 # modules with `add_parser(subparsers)`, in the order of --help
 COMMANDS = (
-    *(attention, register_dynamics, lost, norms, reconstruction),
-    *(class_probes, report, similarity, test_time_registers),
+    attention,
+    register_dynamics,
+    lost,
+    norms,
+    reconstruction,
+    class_probes,
+    report,
+    similarity,
+    test_time_registers,
 )

@@ -388,7 +388,6 @@ def _without(main_argv: Sequence[str], flags: Sequence[str]) -> list[str]:
     return kept
 
 
-@torch.no_grad()
 def _draw_merged(args: Namespace, models: Sequence["Loaded"], folder: Path) -> None:
     from .command import Images
 
@@ -397,10 +396,9 @@ def _draw_merged(args: Namespace, models: Sequence["Loaded"], folder: Path) -> N
         raise UserError("neither model merges tokens; give --r, for instance --r 16")
     folder.mkdir(parents=True, exist_ok=True)
     for loaded in merging:
-        images = Images(args, loaded, title="merged tokens", limit=args.show)
-        shown = next(iter(images)).images[: args.show]
-        looks = torch.from_numpy(images.pictures(shown)).permute(0, 3, 1, 2)
-        result = pictures.measure(loaded.model, shown, pictures=looks, label=loaded.label)
+        images, shown = Images(args, loaded, title="merged tokens", limit=args.show).load()
+        looks = torch.from_numpy(shown).permute(0, 3, 1, 2)
+        result = pictures.measure(loaded.model, images, pictures=looks, label=loaded.label)
         pictures.draw(result).save(folder / f"merged_{loaded.slug}.png")
 
 

@@ -1,5 +1,8 @@
 """Instruments on a model in memory, as in a notebook: no command line, no files, plain tensors."""
 
+import re
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,3 +190,12 @@ def test_figures_of_similarity() -> None:
     assert similarity.draw_neighbours(result).axes[0].get_title(loc="left").startswith("mine: AUC")
     assert len(similarity.draw_layers([result, result]).axes) == 2 * 2 * 2  # each with its colour bar
     assert len(similarity.draw_maps(result).axes[0].texts) == 3 * 3
+
+
+def test_the_documented_example_runs(repo: Path) -> None:
+    text = (repo / "docs" / "analysis.md").read_text()
+    example = re.search(r"## From a notebook\n\n(.+?)\n\n`measure`", text, re.S)
+    assert example
+    images = tiny.images(6)
+    names: dict[str, Any] = {"model": tiny.timm_vit(), "another": norms.measure(tiny.ours(), images), "images": images}
+    exec(textwrap.dedent(example[1]), {**names, "loader": [images], "pictures": np.zeros((4, 32, 32, 3))})

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from PIL import Image
 
 import run.analyze as analyze
-from analysis.command import main_args, specs_of
 from analysis.html import EmbeddedPng, Section, Table, cell_text, render, rounded
 from analysis.log_images import GAP, log_images
 from analysis.report import lookup
@@ -204,19 +202,3 @@ def test_training_logs_pictures_every_k_epochs_and_nothing_changes(
 @pytest.mark.parametrize("flags", [["--log_images", "1"], ["--log_images", "1", "--eval", "--output_dir", "o"]])
 def test_logging_pictures_to_nowhere_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--log_images" in runs.refusal(capsys, runs.digits(*flags))
-
-
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "instruments_b.md"
-COMMANDS = re.findall(r"^ +python run/analyze\.py (.+)$", DOCUMENT.read_text().replace("\\\n", " "), re.M)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_documented_commands_parse(command: str) -> None:
-    own, rest = analyze.build_parser().parse_known_args(shlex.split(command))
-    for spec in specs_of(own):
-        main_args(rest, spec)
-    assert own.run is not None
-
-
-def test_the_document_has_commands() -> None:
-    assert {command.split()[0] for command in COMMANDS} == {"reconstruction", "probes", "ttr", "dynamics", "report"}
