@@ -7,10 +7,10 @@
 Keywords are those of `models.create_model`.
 """
 
+from models import MergeConfig
 from models.exporting import load_folder
 from models.registry import ENTRY_POINTS as _ENTRY_POINTS
 from models.registry import create_model
-from models.schedule import MergeConfig
 
 dependencies = ["torch", "timm"]
 globals().update(_ENTRY_POINTS)

@@ -27,7 +27,7 @@ from models.merging import group_map, merge_by_map
 
 from . import charts
 from .inputs import Images, as_list, batches, evaluation
-from .walk import Layer, attention, check_layer, in_parts, per_patch, token_types, walk
+from .walk import Layer, attention, check_layer, in_parts, per_patch, walk
 
 METRICS = ("entropy", "top_patch", "top_2_percent")
 MASSES = ("class", "distillation", "registers", "patches")
@@ -166,7 +166,7 @@ def measure(model: VisionTransformer, images: Images, *, label: str = "model") -
         UserError: there is no image.
     """
     with evaluation(model) as model:
-        result = AttentionResult(label, token_types(model))
+        result = AttentionResult(label, model.token_types())
         shape = len(model.blocks), model.blocks[0].attn.num_heads
         for batch in batches(images, model):
             for part in in_parts(model, batch):
@@ -268,7 +268,7 @@ def attention_maps(
         parts = [
             _maps_of(model, part, index, queries) for batch in batches(images, model) for part in in_parts(model, batch)
         ]
-        types = token_types(model, index)
+        types = model.token_types(index)
     rows, patch_maps, rollout, layers = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return AttentionMaps(label, index, types, queries, pictures, rows, patch_maps, rollout, layers)
 
@@ -278,7 +278,7 @@ def _maps_of(
 ) -> tuple[np.ndarray, ...]:
     """`rows`, `patches`, `rollout` and `layers` of `AttentionMaps`."""
     rollout, layers, rows, patches = Rollout(), [], Tensor(), Tensor()
-    first = (*token_types(model), ALL_PATCHES)[0]
+    first = (*model.token_types(), ALL_PATCHES)[0]
     for layer in walk(model, images):
         maps = attention(layer)
         rollout.add(layer, maps)

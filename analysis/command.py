@@ -41,7 +41,7 @@ from models import MergingViT, UserError
 from models.gmacs import gmacs
 from models.schedule import format_schedule
 from options import INFERENCE_GROUPS, Parser, flags_of, given_flags, parse_args
-from utils import Progress, git_revision, log, to_plain, versions, write_json
+from utils import Progress, git_revision, log, to_jsonable, versions, write_json
 
 SHORT = {"registers": "num_registers", "weights": "finetune"}
 DATA_FLAGS = ("--dataset", "--data_set", "--data_path")
@@ -206,7 +206,7 @@ class Images:
         self._titles = [title] if isinstance(title, str) else list(title or [loaded.label])
         self.set = image_set(args, loaded, split)
         if limit is not None and limit < len(self.set):
-            keep = self.set.keep
+            keep = self.set.indices
             keep = range(keep.start, keep.stop, keep.step * math.ceil(len(keep) / limit))
             self.set = ImageSet(self.set.source, self.set.transform, self.set.size, keep)
 
@@ -256,7 +256,7 @@ def image_set(args: Namespace, loaded: Loaded, split: str = "val") -> ImageSet:
         data = build_data(with_train, config)
         chosen = data.val if split == "val" else data.train
         assert chosen is not None
-        return ImageSet(chosen.source, data.val.transform, config.input_size, chosen.keep)
+        return ImageSet(chosen.source, data.val.transform, config.input_size, chosen.indices)
     files = find_images(folder)
     source = FileSource(folder, files, [0] * len(files))
     every = math.ceil(len(files) / of_main.limit) if of_main.limit else 1
@@ -305,7 +305,7 @@ class Output:
 
     def json(self, name: str, content: dict[str, Any]) -> None:
         """Write NAME.json: `content` and, under "run", the command, versions, models."""
-        write_json(self.folder / f"{name}.json", _finite(to_plain({**content, "run": self.run})))
+        write_json(self.folder / f"{name}.json", _finite(to_jsonable({**content, "run": self.run})))
         self._log(f"{name}.json")
 
     def npz(self, name: str, arrays: dict[str, Any]) -> None:

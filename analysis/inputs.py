@@ -8,8 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.schedule import MergeConfig
-from models.vit import MergingViT, apply_merging
+from models import MergeConfig, MergingViT, apply_merging
 
 BATCH_SIZE = 16  # images of a tensor that are run at once: maps of attention are large
 

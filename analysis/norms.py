@@ -23,7 +23,7 @@ from models import UserError
 from . import charts
 from .inputs import Images, as_list, batches, evaluation
 from .outliers import DEFAULT_RULE, Histogram, Rule, bimodality, bin_edges, norms
-from .walk import Layer, check_layer, final, layer_at, to_grid, token_types, walk
+from .walk import Layer, check_layer, final, layer_at, to_grid, walk
 
 RULES = (Rule("quantile", 0.98), Rule("quantile", 0.995), Rule("sigma", 3), Rule("ratio", 3))
 DENSITY_BINS = 1024
@@ -100,7 +100,7 @@ def measure(
         layer, depth = check_layer(model, layer, label=label), len(model.blocks)
         prefix: list[dict[str, Histogram]] = [{} for _ in range(depth + 2)]
         result = NormResult(
-            label, layer, (0, 0), token_types(model), [Histogram() for _ in range(depth + 2)], prefix, np.empty(0)
+            label, layer, (0, 0), model.token_types(), [Histogram() for _ in range(depth + 2)], prefix, np.empty(0)
         )
         parts: list[np.ndarray] = []
         done = 0

@@ -208,7 +208,7 @@ class VariantResult:
         ):
             store.append(values)
         tokens = model.norm(last.after.x)
-        top = model._classify(tokens, last.after.size)[0].argmax(dim=1).cpu()
+        top = model.classify(tokens, last.after.size)[0].argmax(dim=1).cpu()
         self.top.append(top)
         if targets is not None:
             self.correct.append(top == targets.cpu())

@@ -24,7 +24,7 @@ from models import MergeConfig, MergingViT, UserError, apply_merging, create_mod
 from models.gmacs import gmacs
 from models.registry import data_settings
 from models.weights import extract_state_dict, load_weights
-from utils import log, write_json
+from utils import write_json
 
 BLOCKS = tuple(range(1, 12))
 ROWS: dict[str, MergeConfig] = {
@@ -92,7 +92,7 @@ def table(argv: Sequence[str]) -> list[dict[str, Any]]:
     variants = Variants(model, rows).to(dist.device)
     loader = build_eval_loader(settings, data.val, 0, 1)
     precision = build_precision(settings, dist.device)
-    scores = evaluate(variants, loader, list(rows), precision, dist, agreement=True, log=log, title="methods")
+    scores = evaluate(variants, loader, list(rows), precision, dist, agreement=True, title="methods")
     assert scores is not None
     measured = [
         {"method": name, "gmacs": gmacs(variants.models[i]), "n_images": score.n_images}  # type: ignore[arg-type]

@@ -273,10 +273,10 @@ def complete(arguments: Sequence[str], args: Namespace) -> tuple[list[str], Name
 
 def check_run(parsed: Namespace, skip_data: bool = False) -> None:
     """Raise UserError for a model, a merging, a checkpoint or a data path with which main.py could not start."""
-    build.merge_config(parsed)
+    options.merge_config(parsed)
     weights = build.Weights(parsed, parsed.model)
     config = build.build_config(parsed, weights.name)
-    merge = build.merge_config(parsed, weights.merge)
+    merge = options.merge_config(parsed, weights.merge)
     registers = {"num_registers": parsed.num_registers, "register_layer": parsed.register_layer or 0}
     if weights.state is None:  # else the checkpoint decides what fits
         create_model(weights.name, merge=merge, img_size=config.input_size, num_classes=10, **registers)

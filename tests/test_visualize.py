@@ -225,7 +225,7 @@ def test_many_images_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_criteria_by_hand() -> None:
     model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0, tau_sim=0.5, tau_info=3, tau_size=2))
     layer = list(walk(model, images))[2]
-    found = pictures.mctf_criteria(layer, model.merge)
+    found = pictures.token_scores(layer)
     received = attention(layer).mean(dim=(1, 2))
     prefix, count = layer.num_prefix_tokens, layer.before.x.shape[1]
     torch.testing.assert_close(found["attention"], received[:, prefix:] * count)
@@ -246,7 +246,7 @@ def test_criteria_without_looking_ahead_compare_what_leaves_the_block() -> None:
     plain = list(walk(model, images, r=0))[1]
     x = torch.nn.functional.normalize(plain.after.x[:, 3:], dim=-1)
     expected = (x @ x.transpose(1, 2))[:, 0, 1::2].amax(dim=1)
-    found = pictures.mctf_criteria(list(walk(model, images))[1], model.merge)["similarity"][:, 0]
+    found = pictures.token_scores(list(walk(model, images))[1])["similarity"][:, 0]
     torch.testing.assert_close(found, (expected + 1) / 2)
 
 
