@@ -1,25 +1,38 @@
-"""The command line of main.py: every flag, the yaml file, MCTF's old flags, and the rules between flags."""
+"""The command line of main.py: every flag, the yaml file, MCTF's old flags, and all rules between flags.
+
+A value is taken from the command line, else from the --config file, else from the recipe of the data set, else from
+the defaults here, which are DeiT's. None stands for the default of the model or of the merging method.
+"""
 
 import argparse
 import difflib
 import math
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
+from timm.optim import get_optimizer_info, list_optimizers
 
-from datasets import (
-    RECIPES,
-    SOURCES,
-)
+from datasets import RECIPES, SOURCES
 from distributed import close_distributed
 from models import UserError
 from models.parameters import TRAIN_ONLY
+from models.registry import NAMES
 from models.schedule import METHODS, ONE_STEP_AHEAD, POOLINGS
 from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest
+
+DESCRIPTION = """\
+Finetune and evaluate Vision Transformers with register tokens and token merging.
+
+torchrun --nproc_per_node=8 -- main.py --model deit_small --r 16 --num_registers 4
+python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
+"""
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,20 +41,41 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help")
 
-    def parse(self, argv: Sequence[str]) -> Namespace:
-        args, unknown = self.parse_known_args([underscored(token) for token in argv])
+    def parse(self, argv: Sequence[str], args: Namespace | None = None) -> Namespace:
+        """Parse a command line whose flags may be spelled with hyphens.
+
+        Args:
+            args: values that take the place of the defaults.
+
+        Raises:
+            UserError: anything that argparse refuses, or a flag or word that it does not know.
+        """
+        parsed, unknown = self.parse_known_args([normalise_flag(token) for token in argv], args or Namespace())
         for token in unknown:
             if not token.startswith("--"):
                 raise UserError(f"unexpected argument {token!r}; see --help")
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            near = difflib.get_close_matches(token.split("=")[0], flags, n=1)
+            near = difflib.get_close_matches(token.split("=")[0], self.spellings(), n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"unknown flag {token.split('=')[0]}; {hint}see --help")
-        return args
+        return parsed
+
+    def defaults(self) -> dict[str, Any]:
+        """The values of an empty command line."""
+        return vars(self.parse([]))
+
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The values of the flags that a command line names, and of no others."""
+        unset = object()
+        args = self.parse(argv, Namespace(**dict.fromkeys(self.defaults(), unset)))
+        return {name: value for name, value in vars(args).items() if value is not unset}
+
+    def spellings(self) -> dict[str, argparse.Action]:
+        """Every spelling of every flag; argparse has no public list of its actions, hence the private one."""
+        return {text: action for action in self._actions for text in action.option_strings if text.startswith("--")}
 
 
-def underscored(token: str) -> str:
-    """--batch-size=4 -> --batch_size=4; values keep their hyphens."""
+def normalise_flag(token: str) -> str:
+    """Spell a flag with underscores: --batch-size=4 -> --batch_size=4. Values keep their hyphens."""
     if not token.startswith("--"):
         return token
     flag, equals, value = token.partition("=")
@@ -50,141 +84,140 @@ def underscored(token: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-def _bounded(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], Any]:
-    """A number type for argparse with its range in the error."""
+# Types of values
 
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high or value in (math.inf, -math.inf):
-            wanted = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+
+@dataclass(frozen=True)
+class Number:
+    """A number type for argparse, which tells its range in the error."""
+
+    kind: type[int] | type[float]
+    low: float
+    high: float = math.inf
+    low_excluded: bool = False
+
+    def __call__(self, text: str) -> Any:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            name = "integer" if self.kind is int else "number"
+            raise ArgumentTypeError(f"invalid {name} value: {text!r}") from None
+        above = self.low < value if self.low_excluded else self.low <= value
+        if not above or not value <= self.high or value in (math.inf, -math.inf):  # "not <=" refuses NaN too
+            interval = f"{'>' if self.low_excluded else '>='} {self.low:g}"
+            interval += f" and <= {self.high:g}" if self.high < math.inf else ""
+            raise ArgumentTypeError(f"must be {interval}, not {text}")
         return value
 
-    parse.__name__ = {int: "integer", float: "number"}[kind]
-    return parse
+
+positive_int = Number(int, 1, 10**9)
+non_negative_int = Number(int, 0, 10**9)
+positive_float = Number(float, 0, low_excluded=True)
+non_negative = Number(float, 0)
+unit_interval = Number(float, 0, 1)
+unit_interval_below_one = Number(float, 0, 1 - 1e-9)
 
 
-positive = _bounded(int, 1, 10**9)
-
-
-count = _bounded(int, 0, 10**9)
-
-
-amount = _bounded(float, 0)
-
-
-above_zero = _bounded(float, 0, open_low=True)
-
-
-share = _bounded(float, 0, 1)
-
-
-below_one = _bounded(float, 0, 1 - 1e-9)
-
-
-def _number(text: str) -> int | float:
-    value = int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+def finite_number(text: str) -> int | float:
+    """An int where the text is one, else a float."""
+    try:
+        value = int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
+        raise ArgumentTypeError(f"invalid number value: {text!r}")
     return value
 
 
-def _layer_list(text: str) -> tuple[int, ...]:
-    """1,2,11 or [1,2,11]."""
-    return tuple(int(item) for item in text.strip("[]() ").split(",") if item.strip())
+def block_list(text: str) -> tuple[int, ...]:
+    """Indices of blocks: 1,2,11 or [1,2,11]."""
+    try:
+        return tuple(int(item) for item in text.strip("[]() ").split(",") if item.strip())
+    except ValueError:
+        raise ArgumentTypeError(f"invalid list of blocks value: {text!r}") from None
 
 
-_number.__name__, _layer_list.__name__ = "number", "list of blocks"  # argparse shows them in its errors
-
-
-def _boolean(group: Any, flag: str, default: bool | None, text: str, *aliases: str) -> None:
-    """--flag / --no_flag."""
+def add_boolean(group: Any, flag: str, default: bool | None, text: str, *aliases: str) -> None:
+    """Add --flag and --no_flag, of which the last one given wins."""
     group.add_argument(f"--{flag}", *aliases, dest=flag, action="store_true", default=default, help=text)
     group.add_argument(f"--no_{flag}", dest=flag, action="store_false", help=argparse.SUPPRESS)
 
 
-def build_parser() -> Parser:
-    """Every flag, grouped; underscores here, hyphens work too."""
-    parser = Parser(
-        prog="main.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Booleans are --flag / --no_flag; --config FILE.yaml sets defaults that flags override.",
-    )
-    parser.add_argument("--config", metavar="FILE", help="yaml file of defaults: flag names without the dashes")
-    for add in (_data_flags, _augmentation_flags, _model_flags, _merging_flags, _objective_flags, _optimizer_flags):
-        add(parser)
-    _run_flags(parser)
-    return parser
+# Flags
+
+
+def _general_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("general")
+    group.add_argument("--config", metavar="FILE", help="yaml file of defaults: flag names without the dashes")
+    group.add_argument("--seed", type=Number(int, 0, 2**63 - 1), default=0)
+    group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
 
 
 def _data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    names = ("IMNET", "IMAGENETTE", "CIFAR10", "CIFAR100", "FLOWERS102", "FOLDER", "WDS", "DIGITS")
-    group.add_argument("--dataset", "--data_set", default="IMNET", metavar="NAME", help=", ".join(names))
+    group.add_argument("--dataset", "--data_set", default="IMNET", metavar="NAME", help=", ".join(SOURCES))
     group.add_argument("--data_path", help="folder of the data (default: data/<dataset>); WDS: shard patterns")
-    group.add_argument("--input_size", type=_bounded(int, 1, 4096), help="pixels (default: the model's)")
-    group.add_argument("--batch_size", type=positive, default=64, help="per process and micro-step")
-    group.add_argument("--num_workers", type=count, default=10, help="loader processes per process")
-    group.add_argument("--max_bad_images", type=count, help="unreadable images a run survives (0.1 %%, at least 10)")
+    group.add_argument("--input_size", type=Number(int, 1, 4096), help="pixels (default: the model's)")
     group.add_argument(
-        "--limit", type=positive, metavar="N", help="every ceil(len/N)-th image of each split, for trials"
+        "--eval_crop_ratio", type=unit_interval, help="crop / resize in evaluation (default: the model's)"
     )
-    _boolean(group, "pin_mem", True, "pinned memory for faster copies to a GPU")
-    group.add_argument("--dist_eval", action="store_true", help="accepted for DeiT; evaluation is always distributed")
-
-
-def _augmentation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("augmentation (as in DeiT)")
-    group.add_argument("--color_jitter", type=amount, default=0.3)
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment, or none")
-    group.add_argument("--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"))
-    _boolean(group, "three_augment", False, "DeiT-III's 3-Augment", "--ThreeAugment")
-    _boolean(group, "src", False, "simple random crop, with --three_augment")
-    _boolean(group, "repeated_aug", True, "three augmented copies of an image in an epoch of the same length")
-    group.add_argument("--hflip", type=share, default=0.5)
-    group.add_argument("--reprob", type=share, default=0.25, help="random erasing")
-    group.add_argument("--remode", default="pixel", choices=("pixel", "const", "rand"))
-    group.add_argument("--recount", type=positive, default=1)
-    group.add_argument("--mixup", type=amount, default=0.8)
-    group.add_argument("--cutmix", type=amount, default=1.0)
-    group.add_argument("--cutmix_minmax", type=share, nargs=2)
-    group.add_argument("--mixup_prob", type=share, default=1.0)
-    group.add_argument("--mixup_switch_prob", type=share, default=0.5)
-    group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
-    group.add_argument("--smoothing", type=below_one, default=0.1, help="of labels")
-    group.add_argument("--eval_crop_ratio", type=share, help="crop / resize in evaluation (default: the model's)")
+    group.add_argument("--batch_size", type=positive_int, default=64, help="per process and micro-step")
+    group.add_argument("--num_workers", type=non_negative_int, default=10, help="loader processes per process")
+    group.add_argument(
+        "--limit", type=positive_int, metavar="N", help="every ceil(len/N)-th image of each split, for trials"
+    )
+    add_boolean(group, "pin_mem", True, "pinned memory for faster copies to a GPU")
 
 
 def _model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="ours or a timm ViT name (default: deit_small)")
-    group.add_argument("--num_registers", type=_bounded(int, 0, 1024), help="in all (default: what the model has)")
-    group.add_argument("--register_layer", type=count, help="block before which registers enter (default: 0)")
-    _boolean(group, "pretrained", None, "timm's weights (default: yes, unless --finetune or --resume is given)")
+    group.add_argument("--num_registers", type=Number(int, 0, 1024), help="in all (default: what the model has)")
+    group.add_argument(
+        "--register_layer", type=non_negative_int, help="block before which registers enter (default: 0)"
+    )
+    add_boolean(group, "pretrained", None, "timm's weights (default: yes, unless --finetune or --resume is given)")
     group.add_argument("--finetune", metavar="FILE|URL", help="weights to start from, of DeiT, timm, MCTF or ours")
-    group.add_argument("--drop", type=below_one, default=0.0, help="dropout")
-    group.add_argument("--drop_path", type=below_one, default=0.1, help="stochastic depth")
 
 
 def _merging_flags(parser: Parser) -> None:
     group = parser.add_argument_group("merging (None: the method's published default)")
     group.add_argument("--merge", choices=METHODS, help="default: tome if --r or --r_evals is given")
     group.add_argument("--r", metavar="R", help="tokens per block: 16, ratio 0.35, list 16,0,8 or '(16,-1)'")
-    group.add_argument("--r_evals", nargs="+", metavar="R", help="with --eval: several schedules in one pass")
-    group.add_argument("--activate_layer", type=_layer_list, metavar="1,2,11", help="blocks that merge")
-    group.add_argument("--dense_layers", type=count, help="the first blocks that merge nothing (DFE)")
-    group.add_argument("--r_warmup_epochs", type=count, default=0, help="epochs over which r grows from 0")
-    _boolean(group, "prop_attn", None, "proportional attention")
+    group.add_argument("--activate_layer", type=block_list, metavar="1,2,11", help="blocks that merge")
+    group.add_argument("--dense_layers", type=non_negative_int, help="the first blocks that merge nothing (DFE)")
+    add_boolean(group, "prop_attn", None, "proportional attention")
     for name in ("sim", "info", "size"):
-        group.add_argument(f"--tau_{name}", type=amount, help="mctf: inverse exponent, 0 switches it off")
-    _boolean(group, "bidirectional", None, "match both ways")
+        group.add_argument(f"--tau_{name}", type=non_negative, help="mctf: inverse exponent, 0 switches it off")
+    add_boolean(group, "bidirectional", None, "match both ways")
     group.add_argument("--one_step_ahead", choices=ONE_STEP_AHEAD, help="mctf")
     group.add_argument("--pooling", choices=POOLINGS)
-    group.add_argument("--min_tokens", type=count, help="smallest number of tokens a merge may leave")
-    group.add_argument("--local_grid", type=positive, help="lgtm: windows per side")
-    group.add_argument("--global_layer", type=count, help="lgtm: first block with a global merge")
+    group.add_argument("--min_tokens", type=non_negative_int, help="smallest number of tokens a merge may leave")
+    group.add_argument("--local_grid", type=positive_int, help="lgtm: windows per side")
+    group.add_argument("--global_layer", type=non_negative_int, help="lgtm: first block with a global merge")
+
+
+def _augmentation_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("augmentation and regularisation (as in DeiT)")
+    group.add_argument("--color_jitter", type=non_negative, default=0.3)
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment, or none")
+    group.add_argument("--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"))
+    add_boolean(group, "three_augment", False, "DeiT-III's 3-Augment", "--ThreeAugment")
+    add_boolean(group, "src", False, "simple random crop, with --three_augment")
+    add_boolean(group, "repeated_aug", True, "three augmented copies of an image in an epoch of the same length")
+    group.add_argument("--hflip", type=unit_interval, default=0.5)
+    group.add_argument("--reprob", type=unit_interval, default=0.25, help="random erasing")
+    group.add_argument("--remode", default="pixel", choices=("pixel", "const", "rand"))
+    group.add_argument("--recount", type=positive_int, default=1)
+    group.add_argument("--mixup", type=non_negative, default=0.8)
+    group.add_argument("--cutmix", type=non_negative, default=1.0)
+    group.add_argument("--cutmix_minmax", type=unit_interval, nargs=2)
+    group.add_argument("--mixup_prob", type=unit_interval, default=1.0)
+    group.add_argument("--mixup_switch_prob", type=unit_interval, default=0.5)
+    group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
+    group.add_argument("--smoothing", type=unit_interval_below_one, default=0.1, help="of labels")
+    group.add_argument("--drop", type=unit_interval_below_one, default=0.0, help="dropout")
+    group.add_argument("--drop_path", type=unit_interval_below_one, default=0.1, help="stochastic depth")
 
 
 def _objective_flags(parser: Parser) -> None:
@@ -192,50 +225,60 @@ def _objective_flags(parser: Parser) -> None:
     group.add_argument("--distillation_type", default="none", choices=("none", "soft", "hard"))
     group.add_argument("--teacher_model", default="regnety_160.deit_in1k", metavar="NAME", help="any timm model")
     group.add_argument("--teacher_path", metavar="FILE|URL")
-    group.add_argument("--distillation_alpha", type=share, default=0.5)
-    group.add_argument("--distillation_tau", type=above_zero, default=1.0)
-    group.add_argument("--merged_weight", type=amount, default=1.0, help="of the loss of the merged pass")
-    group.add_argument("--full_weight", type=amount, default=0.0, help="> 0 adds a pass at a random r'")
-    group.add_argument("--full_r_max", type=_number, default=8, help="r' in [0, this); below 1 a ratio")
-    group.add_argument("--consistency_weight", type=amount, default=0.0)
-    group.add_argument("--consistency_threshold", type=below_one, default=0.4, help="0: all images")
-    _boolean(group, "bce_loss", False, "binary cross entropy (DeiT-III)")
+    group.add_argument("--distillation_alpha", type=unit_interval, default=0.5)
+    group.add_argument("--distillation_tau", type=positive_float, default=1.0)
+    group.add_argument("--merged_weight", type=non_negative, default=1.0, help="of the loss of the merged pass")
+    group.add_argument("--full_weight", type=non_negative, default=0.0, help="> 0 adds a pass at a random r'")
+    group.add_argument("--full_r_max", type=finite_number, default=8, help="r' in [0, this); below 1 a ratio")
+    group.add_argument("--consistency_weight", type=non_negative, default=0.0)
+    group.add_argument("--consistency_threshold", type=unit_interval_below_one, default=0.4, help="0: all images")
+    group.add_argument("--r_warmup_epochs", type=non_negative_int, default=0, help="epochs over which r grows from 0")
+    add_boolean(group, "bce_loss", False, "binary cross entropy (DeiT-III)")
 
 
 def _optimizer_flags(parser: Parser) -> None:
     group = parser.add_argument_group("optimisation (DeiT's names and defaults)")
-    group.add_argument("--epochs", type=positive, default=300)
+    group.add_argument("--epochs", type=positive_int, default=300)
     group.add_argument("--opt", default="adamw", metavar="NAME", help="timm's optimizers")
-    group.add_argument("--opt_eps", type=above_zero, default=1e-8)
-    group.add_argument("--opt_betas", type=below_one, nargs="+", metavar="BETA")
-    group.add_argument("--momentum", type=below_one, default=0.9)
-    group.add_argument("--weight_decay", type=amount, default=0.05)
-    group.add_argument("--clip_grad", type=above_zero, metavar="NORM")
+    group.add_argument("--opt_eps", type=positive_float, default=1e-8)
+    group.add_argument("--opt_betas", type=unit_interval_below_one, nargs="+", metavar="BETA")
+    group.add_argument("--momentum", type=unit_interval_below_one, default=0.9)
+    group.add_argument("--weight_decay", type=non_negative, default=0.05)
+    group.add_argument("--clip_grad", type=positive_float, metavar="NORM")
     group.add_argument("--sched", default="cosine", metavar="NAME", help="timm's schedulers")
-    group.add_argument("--lr", type=amount, default=5e-4, help="times global batch / 512")
-    _boolean(group, "unscale_lr", False, "do not scale lr by the global batch")
-    group.add_argument("--lr_times", type=above_zero, default=1.0, help="factor on lr")
-    group.add_argument("--min_lr_times", type=amount, default=1.0, help="factor on min_lr and warmup_lr")
-    group.add_argument("--warmup_lr", type=amount, default=1e-6)
-    group.add_argument("--min_lr", type=amount, default=1e-5)
-    group.add_argument("--warmup_epochs", type=count, default=5)
-    group.add_argument("--cooldown_epochs", type=count, default=0, help="epochs at min_lr after --epochs")
-    group.add_argument("--decay_epochs", type=above_zero, default=30.0)
-    group.add_argument("--decay_rate", type=above_zero, default=0.1)
-    group.add_argument("--patience_epochs", type=positive, default=10)
-    group.add_argument("--accumulation_steps", type=positive, default=1, help="micro-steps per update")
+    group.add_argument("--lr", type=non_negative, default=5e-4, help="times global batch / 512")
+    add_boolean(group, "unscale_lr", False, "do not scale lr by the global batch")
+    group.add_argument("--lr_times", type=positive_float, default=1.0, help="factor on lr")
+    group.add_argument("--min_lr_times", type=non_negative, default=1.0, help="factor on min_lr and warmup_lr")
+    group.add_argument("--warmup_lr", type=non_negative, default=1e-6)
+    group.add_argument("--min_lr", type=non_negative, default=1e-5)
+    group.add_argument("--warmup_epochs", type=non_negative_int, default=5)
+    group.add_argument("--cooldown_epochs", type=non_negative_int, default=0, help="epochs at min_lr after --epochs")
+    group.add_argument("--decay_epochs", type=positive_float, default=30.0)
+    group.add_argument("--decay_rate", type=positive_float, default=0.1)
+    group.add_argument("--patience_epochs", type=positive_int, default=10)
+    group.add_argument("--accumulation_steps", type=positive_int, default=1, help="micro-steps per update")
     group.add_argument("--amp", choices=("bf16", "fp16", "none"), help="default: bf16 on a GPU, none on a CPU")
-    _boolean(group, "compile", False, "torch.compile")
-    _boolean(group, "grad_checkpointing", False, "recompute blocks in the backward")
-    group.add_argument("--sam_rho", type=amount, default=0.0, help="sharpness-aware minimisation, 0: off")
-    _boolean(group, "sam_adaptive", False, "ASAM")
-    group.add_argument("--register_lr_mult", type=above_zero, default=1.0)
+    add_boolean(group, "compile", False, "torch.compile")
+    add_boolean(group, "grad_checkpointing", False, "recompute blocks in the backward")
+    group.add_argument("--sam_rho", type=non_negative, default=0.0, help="sharpness-aware minimisation, 0: off")
+    add_boolean(group, "sam_adaptive", False, "ASAM")
+    group.add_argument("--register_lr_mult", type=positive_float, default=1.0)
     group.add_argument("--train_only", choices=TRAIN_ONLY, default="all")
-    _boolean(group, "model_ema", True, "average the weights; evaluated beside the raw ones")
-    group.add_argument("--model_ema_decay", type=share, default=0.99996)
+    add_boolean(group, "model_ema", True, "average the weights; evaluated beside the raw ones")
+    group.add_argument("--model_ema_decay", type=unit_interval, default=0.99996)
     group.add_argument(
-        "--max_nonfinite", type=count, default=10, help="non-finite steps that are skipped before a stop"
+        "--max_nonfinite", type=non_negative_int, default=10, help="non-finite steps that are skipped before a stop"
     )
+
+
+def _evaluation_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval", action="store_true", help="evaluate only")
+    group.add_argument("--r_evals", nargs="+", metavar="R", help="with --eval: several schedules in one pass")
+    group.add_argument("--throughput", action="store_true", help="with --eval: images/s against timm's dense model")
+    group.add_argument("--agreement", action="store_true", help="with --eval: compare with r=0 of the same weights")
+    group.add_argument("--dist_eval", action="store_true", help="accepted for DeiT; evaluation is always distributed")
 
 
 def _run_flags(parser: Parser) -> None:
@@ -244,39 +287,210 @@ def _run_flags(parser: Parser) -> None:
     group.add_argument(
         "--resume", metavar="FILE|auto", help="go on from a checkpoint; auto: the newest in --output_dir"
     )
-    group.add_argument("--eval", action="store_true", help="evaluate only")
-    group.add_argument("--throughput", action="store_true", help="with --eval: images/s against timm's dense model")
-    group.add_argument("--agreement", action="store_true", help="with --eval: compare with r=0 of the same weights")
-    group.add_argument("--seed", type=_bounded(int, 0, 2**63 - 1), default=0)
-    group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
-    group.add_argument("--save_every", type=positive, default=1, metavar="EPOCHS")
-    group.add_argument("--save_every_steps", type=count, default=0, metavar="UPDATES", help="0: at epoch ends only")
-    group.add_argument("--log_every", type=positive, default=10, metavar="UPDATES")
+    group.add_argument("--save_every", type=positive_int, default=1, metavar="EPOCHS")
     group.add_argument(
-        "--log_images", type=count, default=0, metavar="EPOCHS", help="norms, attention, merged tokens to tensorboard"
+        "--save_every_steps", type=non_negative_int, default=0, metavar="UPDATES", help="0: at epoch ends only"
+    )
+    group.add_argument("--log_every", type=positive_int, default=10, metavar="UPDATES")
+    group.add_argument(
+        "--log_images",
+        type=non_negative_int,
+        default=0,
+        metavar="EPOCHS",
+        help="norms, attention, merged tokens to tensorboard",
+    )
+    group.add_argument(
+        "--max_bad_images", type=non_negative_int, help="unreadable images a run survives (0.1 %%, at least 10)"
     )
 
 
+FLAG_GROUPS: dict[str, Callable[[Parser], None]] = {
+    "general": _general_flags,
+    "data": _data_flags,
+    "model": _model_flags,
+    "merging": _merging_flags,
+    "augmentation": _augmentation_flags,
+    "objective": _objective_flags,
+    "optimisation": _optimizer_flags,
+    "evaluation": _evaluation_flags,
+    "run": _run_flags,
+}
+INFERENCE_GROUPS = ("general", "data", "model", "merging")  # what a model and its images are made from, without a run
+
+
+def build_parser() -> Parser:
+    """Every flag, grouped; underscores here, hyphens work too."""
+    parser = Parser(
+        prog="main.py",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Booleans are --flag / --no_flag; --config FILE.yaml sets defaults that flags override.",
+    )
+    for add_flags in FLAG_GROUPS.values():
+        add_flags(parser)
+    return parser
+
+
+def flags_of(*groups: str) -> frozenset[str]:
+    """Names of the flags of some of the groups in `FLAG_GROUPS`."""
+    parser = Parser()
+    for group in groups:
+        FLAG_GROUPS[group](parser)
+    return frozenset(parser.defaults())
+
+
+# From argv to args
+
+
 def parse_args(argv: Sequence[str]) -> Namespace:
-    """argv -> args. Flags win over --config, which wins over the data set's recipe, which wins over DeiT's defaults.
+    """Parse and check a command line of main.py.
 
     Raises:
         UserError: anything that argparse or the rules between flags refuse.
     """
+    named = named_flags(argv)
+    if named != list(argv):
+        log("as named flags: main.py " + " ".join(named))
     parser = build_parser()
-    argv = from_mctf(argv)
-    args = parser.parse(argv)
-    defaults = _config_tokens(args.config, parser) if args.config else []
-    args = parser.parse([*defaults, *argv])
-    if args.dataset in RECIPES:
-        parser.set_defaults(**RECIPES[args.dataset])
-        args = parser.parse([*defaults, *argv])
-    _check_rules(args)
+    defaults, given = parser.defaults(), _given(parser, named)
+    recipe = RECIPES.get(given.get("dataset", defaults["dataset"]), {})
+    args = Namespace(**(defaults | recipe | given))
+    check_rules(args)
     return args
 
 
-def from_mctf(argv: Sequence[str]) -> list[str]:
-    """MCTF's command lines in named flags, which are printed; any other command line as it is.
+def given_flags(argv: Sequence[str]) -> frozenset[str]:
+    """Names of the flags that a command line of main.py, or its --config file, sets."""
+    return frozenset(_given(build_parser(), named_flags(argv)))
+
+
+def _given(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
+    """The values that the command line sets, and its --config file where the command line does not."""
+    given = parser.given(argv)
+    return (read_config(given["config"], parser) if given.get("config") else {}) | given
+
+
+def read_config(path: str, parser: Parser) -> dict[str, Any]:
+    """The values of a yaml file; they pass the same checks as those of a command line."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold lines such as 'batch_size: 128'")
+    spellings = parser.spellings()
+    actions = {action.dest: action for action in spellings.values() if action.dest not in ("config", "help")}
+    tokens: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            raise UserError(f"--config {path}: {nearest(name, sorted(actions), 'key')}")
+        boolean = actions[name].nargs == 0
+        if isinstance(value, bool) != boolean and value is not None:
+            expected = "true or false" if boolean else "a value, not true or false"
+            raise UserError(f"--config {path}: {name} takes {expected}")
+        if value is None or (value is False and f"--no_{name}" not in spellings):
+            continue  # the default; --eval and its like, which have no negative form, are off anyway
+        tokens += _config_tokens(name, value, several=actions[name].nargs is not None)
+    return parser.given(tokens)
+
+
+def _config_tokens(name: str, value: Any, several: bool) -> list[str]:
+    """One line of the file as on a command line; a list is joined by commas where the flag takes one value."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    if isinstance(value, list) and several:
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+
+
+# Rules between flags
+
+
+def check_rules(args: Namespace) -> None:
+    """Refuse options that contradict each other or do nothing, as far as they alone tell, before anything is built.
+
+    What depends on weights or data is refused where these are built: the schedule by `MergeConfig` and the model,
+    --r_warmup_epochs and --full_weight without merging by `losses.build_objective`, --train_only and --register_lr_mult
+    without registers by `models.parameters`, class counts by `build.build_model` and `build.build_teacher`.
+    """
+    if args.dataset not in SOURCES:
+        raise UserError(nearest(args.dataset, SOURCES, "--dataset"))
+    if args.eval_crop_ratio == 0:
+        raise UserError(f"--eval_crop_ratio must lie in (0, 1], it is {args.eval_crop_ratio}")
+    if args.log_images and (args.eval or not args.output_dir):
+        raise UserError("--log_images writes tensorboard events in training: it needs --output_dir and no --eval")
+    if args.sam_adaptive and not args.sam_rho:
+        raise UserError("--sam_adaptive has no effect without --sam_rho; give --sam_rho 2.0")
+    if args.save_every_steps and not args.output_dir:
+        raise UserError("--save_every_steps needs --output_dir to save into")
+    if args.resume == "auto" and not args.output_dir:
+        raise UserError("--resume auto looks into --output_dir, which is not given; add it")
+    if args.opt_betas and args.opt.startswith(("adam", "lamb", "nadam", "radam")) and len(args.opt_betas) != 2:
+        raise UserError(f"--opt_betas needs two numbers for {args.opt}, not {len(args.opt_betas)}")
+    if not args.eval:
+        _check_evaluation_flags(args)
+        _check_augmentation(args)
+        _check_objective(args)
+        _check_distillation(args)
+        _check_optimizer_names(args)
+
+
+def _check_evaluation_flags(args: Namespace) -> None:
+    for flag in ("throughput", "agreement", "r_evals"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag} has no effect without --eval; add it or leave --{flag} out")
+
+
+def _check_augmentation(args: Namespace) -> None:
+    if args.src and not args.three_augment:
+        raise UserError("--src does nothing without --three_augment; give both or neither")
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2:  # timm mixes an image with its mirror position in the batch
+        raise UserError(f"mixup and cutmix need an even --batch_size, not {args.batch_size}; or --mixup 0 --cutmix 0")
+    if args.bce_loss and args.smoothing:
+        raise UserError("--bce_loss trains on hard 0/1 targets, which smoothing contradicts; add --smoothing 0")
+
+
+def _check_objective(args: Namespace) -> None:
+    if args.merged_weight == args.full_weight == 0:
+        raise UserError("--merged_weight and --full_weight are both 0: there is nothing to train; set one of them")
+    if args.consistency_weight and not args.full_weight:
+        raise UserError("--consistency_weight has no effect without the full pass; add --full_weight 1")
+    if not args.full_r_max > 0 or (args.full_r_max >= 1 and args.full_r_max != int(args.full_r_max)):
+        raise UserError(f"--full_r_max must be an integer >= 1 or a ratio between 0 and 1, not {args.full_r_max}")
+
+
+def _check_distillation(args: Namespace) -> None:
+    if args.distillation_type == "none":
+        if args.teacher_path:
+            raise UserError("--teacher_path has no effect without distillation; add --distillation_type hard or soft")
+        return
+    if not args.merged_weight:
+        raise UserError("--distillation_type acts on the merged pass; it needs --merged_weight above 0")
+    if args.teacher_model not in NAMES and not timm.is_model(args.teacher_model):
+        near = difflib.get_close_matches(args.teacher_model, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"unknown teacher model {args.teacher_model!r}{hint}")
+
+
+def _check_optimizer_names(args: Namespace) -> None:
+    names = [name for name in list_optimizers() if not get_optimizer_info(name).second_order]
+    if args.opt.lower().removeprefix("lookahead_") not in names:
+        raise UserError(nearest(args.opt, names, "--opt"))
+    if args.sched not in SCHEDULES:
+        raise UserError(nearest(args.sched, SCHEDULES, "--sched"))
+
+
+# MCTF's old flags
+
+# what MCTF's main.py does where its README's command lines say nothing: no mixing, no warm-up, ten epochs of cooldown
+_MCTF_RECIPE = ("--mixup", "0", "--cutmix", "0", "--warmup_epochs", "0", "--cooldown_epochs", "10")
+
+
+def named_flags(argv: Sequence[str]) -> list[str]:
+    """Translate MCTF's command lines to named flags; any other command line comes back as it is.
 
     mctf_type = r, full_r_max, trace (no effect), prop_attn, one_step_ahead, tau_sim, tau_info, tau_size, bidirectional,
     pooling, unused; task_type = merged on/off, full on/off, consistency threshold (0: off), unused; task_weight =
@@ -285,28 +499,23 @@ def from_mctf(argv: Sequence[str]) -> list[str]:
     old = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--use_mctf", "--mctf_type", "--task_type", "--task_weight"):
         old.add_argument(flag)
-    given, rest = old.parse_known_args([underscored(token) for token in argv])
-    if given.use_mctf is None and given.mctf_type is None and given.task_type is None:
+    mctf, others = old.parse_known_args([normalise_flag(token) for token in argv])
+    if mctf.use_mctf is None and mctf.mctf_type is None and mctf.task_type is None:
         return list(argv)
-    task = _number_list("task_type", given.task_type or "[1,0,0]", 3, 4)
-    named = [] if "--eval" in rest else list(_MCTF_RECIPE)
-    named += _task_flags(task, _number_list("task_weight", given.task_weight or "[1,1,1]", 3, 3))
-    if (given.use_mctf or "True") not in ("False", "false", "0"):
-        named += _method_flags(_number_list("mctf_type", given.mctf_type or "", 10, 11), bool(task[1]))
-    rest = _unpack_r_evals(rest)
-    log("as named flags: main.py " + " ".join([*named, *rest]))
-    return [*named, *rest]
-
-
-# what MCTF's main.py does where its README's command lines say nothing: no mixing, no warm-up, ten epochs of cooldown
-_MCTF_RECIPE = ("--mixup", "0", "--cutmix", "0", "--warmup_epochs", "0", "--cooldown_epochs", "10")
+    task = _number_list("task_type", mctf.task_type or "[1,0,0]", 3, 4)
+    weights = _number_list("task_weight", mctf.task_weight or "[1,1,1]", 3, 3)
+    named = [] if "--eval" in others else list(_MCTF_RECIPE)
+    named += _task_flags(task, weights) if mctf.task_type or mctf.task_weight else []
+    if (mctf.use_mctf or "True") not in ("False", "false", "0"):
+        named += _method_flags(_number_list("mctf_type", mctf.mctf_type or "", 10, 11), bool(task[1]))
+    return [*named, *_unpack_r_evals(others)]
 
 
 def _number_list(flag: str, text: str, least: int, most: int) -> list[int | float]:
     """[16,8,0.4] -> numbers."""
     try:
-        values = [_number(item) for item in text.strip().strip("[]()").split(",") if item.strip()]
-    except ValueError:
+        values = [finite_number(item) for item in text.strip().strip("[]()").split(",") if item.strip()]
+    except ArgumentTypeError:
         values = []
     if not least <= len(values) <= most:
         raise UserError(f"--{flag} must be a list of {least} to {most} numbers such as [16,8,...], not {text!r}")
@@ -347,56 +556,7 @@ def _unpack_r_evals(tokens: list[str]) -> list[str]:
     return unpacked
 
 
-def _config_tokens(path: str, parser: Parser) -> list[str]:
-    """A yaml file as command-line tokens, so that its values pass the same checks."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold lines such as 'batch_size: 128'")
-    known = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("config", "help")}
-    tokens: list[str] = []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise UserError(f"--config {path}: {nearest(name, sorted(known), 'key')}")
-        if isinstance(value, bool) != (known[name].nargs == 0) and value is not None:
-            wanted = "true or false" if known[name].nargs == 0 else "a value, not true or false"
-            raise UserError(f"--config {path}: {name} takes {wanted}")
-        tokens += _config_value(name, value, known[name].nargs is not None, parser)
-    return tokens
-
-
-def _config_value(name: str, value: Any, several: bool, parser: Parser) -> list[str]:
-    """One line of the file as tokens; a list is joined by commas where the flag takes one value."""
-    if value is None or (value is False and f"--no_{name}" not in parser._option_string_actions):
-        return []  # a flag without a negative form is off anyway
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no_{name}"]
-    if isinstance(value, list) and several:
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"]
-
-
-def _check_rules(args: Namespace) -> None:
-    """Options that contradict each other or do nothing."""
-    if args.dataset not in SOURCES:
-        raise UserError(nearest(args.dataset, SOURCES, "--dataset"))
-    only_eval = {"--throughput": args.throughput, "--agreement": args.agreement, "--r_evals": args.r_evals}
-    for flag, given in only_eval.items():
-        if given and not args.eval:
-            raise UserError(f"{flag} has no effect without --eval; add it or leave {flag} out")
-    if args.log_images and (args.eval or not args.output_dir):
-        raise UserError("--log_images writes tensorboard events in training: it needs --output_dir and no --eval")
-    if args.sam_adaptive and not args.sam_rho:
-        raise UserError("--sam_adaptive has no effect without --sam_rho; give --sam_rho 2.0")
-    if args.save_every_steps and not args.output_dir:
-        raise UserError("--save_every_steps needs --output_dir to save into")
-    if args.eval and args.resume == "auto" and not args.output_dir:
-        raise UserError("--resume auto looks into --output_dir, which is not given; add it")
-    if args.opt_betas and args.opt.startswith(("adam", "lamb", "nadam", "radam")) and len(args.opt_betas) != 2:
-        raise UserError(f"--opt_betas needs two numbers for {args.opt}, not {len(args.opt_betas)}")
+# Ending
 
 
 def exit_status(program: str, run: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -409,18 +569,18 @@ def exit_status(program: str, run: Callable[[Sequence[str]], int | None], argv: 
     try:
         return run(sys.argv[1:] if argv is None else list(argv)) or 0
     except UserError as error:
-        return _tell(program, error, 2)
+        return _report(program, error, 2)
     except RunError as error:
-        return _tell(program, error, 1)
+        return _report(program, error, 1)
     except KeyboardInterrupt:
-        return _tell(program, "interrupted", INTERRUPTED_STATUS)
+        return _report(program, "interrupted", INTERRUPTED_STATUS)
     except SystemExit as stop:  # argparse after --help
         return int(stop.code or 0)
     finally:
         close_distributed()
 
 
-def _tell(program: str, error: object, status: int) -> int:
-    whose = "error" if is_main_process() else "error on another rank"
-    print(f"{program}: {whose}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def _report(program: str, error: object, status: int) -> int:
+    where = "error" if is_main_process() else "error on another rank"
+    print(f"{program}: {where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status

@@ -20,7 +20,7 @@ if not __package__:  # run as a script: the project's modules lie one folder up
 
 from distributed import close_distributed
 from models import UserError
-from options import Parser, underscored
+from options import Parser, normalise_flag
 from utils import RunError
 
 INSTRUMENTS = (
@@ -41,7 +41,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 a run that cannot go on, 2 the user's mistake."""
     try:
-        tokens = [underscored(token) for token in (sys.argv[1:] if argv is None else argv)]
+        tokens = [normalise_flag(token) for token in (sys.argv[1:] if argv is None else argv)]
         own, rest = build_parser().parse_known_args(tokens)
         own.run(own, rest)
         return 0

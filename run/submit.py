@@ -190,17 +190,21 @@ def build_parser() -> options.Parser:
     )
     add = parser.add_argument
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: here; debug: in this process")
-    add("--nodes", type=options.positive, default=1)
-    add("--ngpus", type=options.count, default=8, help="GPUs per node, one process each; 0: on CPUs")
-    add("--tasks_per_node", type=options.positive, help="processes per node, with --ngpus 0 (default: 1)")
-    add("--timeout", type=options.positive, default=2880, metavar="MINUTES", help="then it saves and is requeued")
-    add("--max_timeouts", type=options.count, help="requeues after a time limit (default: 10); preemptions are free")
-    add("--signal_delay", type=options.positive, default=120, metavar="SECONDS", help="to save in, before the end")
+    add("--nodes", type=options.positive_int, default=1)
+    add("--ngpus", type=options.non_negative_int, default=8, help="GPUs per node, one process each; 0: on CPUs")
+    add("--tasks_per_node", type=options.positive_int, help="processes per node, with --ngpus 0 (default: 1)")
+    add("--timeout", type=options.positive_int, default=2880, metavar="MINUTES", help="then it saves and is requeued")
+    add(
+        "--max_timeouts",
+        type=options.non_negative_int,
+        help="requeues after a time limit (default: 10); preemptions are free",
+    )
+    add("--signal_delay", type=options.positive_int, default=120, metavar="SECONDS", help="to save in, before the end")
     add("--partition")
     add("--constraint", metavar="FEATURE", help="kind of node, such as volta32gb")
     add("--account")
     add("--mem", metavar="GB", help="per node, 80 or 80G or 500M (default: the cluster's)")
-    add("--cpus", type=options.positive, help="per process (default: --num_workers of main.py, at least 1)")
+    add("--cpus", type=options.positive_int, help="per process (default: --num_workers of main.py, at least 1)")
     add("--comment")
     add("--job_name", help="default: regtome")
     add("--sbatch", action="append", metavar="KEY=VALUE", help="any other option of sbatch, such as qos=high")

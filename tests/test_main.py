@@ -236,7 +236,8 @@ def test_every_flag_has_its_hyphen_spelling() -> None:
     assert len(spelled) > 60
     for action in parser._actions:
         for flag in [flag for flag in action.option_strings if flag.startswith("--") and flag != "--help"]:
-            number = "0.5" if getattr(action.type, "__name__", "") == "number" else "1"
+            is_float = isinstance(action.type, options.Number) and action.type.kind is float
+            number = "0.5" if is_float else "1"
             value = [] if action.nargs == 0 else [str((action.choices or [number])[0])]
             value *= action.nargs if isinstance(action.nargs, int) and action.nargs else 1
             plain, hyphened = (parser.parse([f, *value]) for f in (flag, flag.replace("_", "-")))
