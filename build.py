@@ -2,7 +2,7 @@
 
 import warnings
 from argparse import Namespace
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +20,16 @@ from engine import (
 )
 from models import MergeConfig, MergingViT, UserError, create_model
 from models.gmacs import gmacs
+from models.methods import all_knobs
 from models.registry import OWN_SIZES, check_name, data_settings
 from models.schedule import format_schedule, parse_schedule
 from models.weights import extract_state_dict, load_weights
 from utils import log, seed_all, setup_output
 
-_MERGE_FIELDS = [field.name for field in fields(MergeConfig) if field.name not in ("method", "r", "activate_layers")]
-
 
 def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> MergeConfig:
     """The merging that the command line asks for, or a checkpoint's where it asks for nothing."""
-    given = {name: getattr(args, name) for name in _MERGE_FIELDS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in all_knobs() if getattr(args, name) is not None}
     if args.activate_layer is not None:
         given["activate_layers"] = args.activate_layer
     asks = args.merge is not None or args.r is not None or bool(given)

@@ -21,9 +21,10 @@ from timm.optim import get_optimizer_info, list_optimizers
 from datasets import RECIPES, SOURCES
 from distributed import close_distributed
 from models import UserError
+from models.methods import METHODS, POOLINGS, all_knobs, methods_with
+from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import TRAIN_ONLY
 from models.registry import NAMES
-from models.schedule import METHODS, ONE_STEP_AHEAD, POOLINGS
 from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest
 
 DESCRIPTION = """\
@@ -181,20 +182,24 @@ def _model_flags(parser: Parser) -> None:
 
 
 def _merging_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("merging (None: the method's published default)")
-    group.add_argument("--merge", choices=METHODS, help="default: tome if --r or --r_evals is given")
+    """The schedule, and every setting of every method: those of `models/methods` become flags of their names."""
+    group = parser.add_argument_group("merging (settings default to the method's published values)")
+    group.add_argument("--merge", choices=tuple(METHODS), help="default: tome if --r or --r_evals is given")
     group.add_argument("--r", metavar="R", help="tokens per block: 16, ratio 0.35, list 16,0,8 or '(16,-1)'")
     group.add_argument("--activate_layer", type=block_list, metavar="1,2,11", help="blocks that merge")
-    group.add_argument("--dense_layers", type=non_negative_int, help="the first blocks that merge nothing (DFE)")
-    add_boolean(group, "prop_attn", None, "proportional attention")
-    for name in ("sim", "info", "size"):
-        group.add_argument(f"--tau_{name}", type=non_negative, help="mctf: inverse exponent, 0 switches it off")
-    add_boolean(group, "bidirectional", None, "match both ways")
-    group.add_argument("--one_step_ahead", choices=ONE_STEP_AHEAD, help="mctf")
-    group.add_argument("--pooling", choices=POOLINGS)
-    group.add_argument("--min_tokens", type=non_negative_int, help="smallest number of tokens a merge may leave")
-    group.add_argument("--local_grid", type=positive_int, help="lgtm: windows per side")
-    group.add_argument("--global_layer", type=non_negative_int, help="lgtm: first block with a global merge")
+    for name, knob in all_knobs().items():
+        users = methods_with(name)
+        text = knob.help if len(users) == len(METHODS) else f"{', '.join(users)}: {knob.help}"
+        text = f"{text} ({knob.note})" if knob.note else text
+        if knob.kind is bool:
+            add_boolean(group, name, None, text)
+        elif knob.kind is str:
+            group.add_argument(f"--{name}", choices=knob.choices, help=text)
+        else:
+            high = math.inf if knob.high is None else knob.high
+            low = -math.inf if knob.low is None else knob.low
+            high = min(high, 10**9) if knob.kind is int else high
+            group.add_argument(f"--{name}", type=Number(knob.kind, low, high), help=text)
 
 
 def _augmentation_flags(parser: Parser) -> None:

@@ -16,7 +16,7 @@ from models import UserError
 from . import charts
 from .command import Images, Loaded, Output, add_command, load_models
 from .outliers import Rollout, mass_by_kind, patch_rows, per_patch, spread_metrics
-from .walk import Layer, attention, patch_grid, token_kinds, walk
+from .walk import Layer, attention, patch_grid, walk
 
 MAP_BYTES = 2**28  # of one block's attention maps: larger batches are split
 METRICS = ("entropy", "top_patch", "top_2_percent")
@@ -147,7 +147,7 @@ def measure(own: Namespace, loaded: Loaded) -> Tables:
     """Metrics of all blocks and heads over all images."""
     model = loaded.model
     shape = len(model.blocks), model.blocks[0].attn.num_heads
-    tables = Tables(token_kinds(model))
+    tables = Tables(model.token_types())
     for batch in Images(own, loaded, title=f"attention of {loaded.label}"):
         for images in in_parts(loaded, batch.images):
             for layer in walk(model, images):
@@ -175,7 +175,7 @@ def capture(own: Namespace, loaded: Loaded) -> Pictures:
         for part in in_parts(loaded, batch.images)
     ]
     shown, rows, patches, rollout, layers = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    kinds = token_kinds(loaded.model, own.layer % len(loaded.model.blocks))
+    kinds = loaded.model.token_types(own.layer % len(loaded.model.blocks))
     return Pictures(shown, rows, patches, rollout, layers, kinds, _queries(own, loaded))
 
 
@@ -196,7 +196,7 @@ def _capture_part(own: Namespace, loaded: Loaded, images: Tensor, shown: np.ndar
 
 def _first_token(summary: Tensor, layer: Layer, loaded: Loaded) -> Tensor:
     """The map (B,gh,gw) of the model's first kind of token; NaN in blocks before it enters."""
-    kinds, first = (*layer.token_types, ALL_PATCHES), (*token_kinds(loaded.model), ALL_PATCHES)[0]
+    kinds, first = (*layer.token_types, ALL_PATCHES), (*loaded.model.token_types(), ALL_PATCHES)[0]
     maps = per_patch(summary.mean(dim=1), layer)
     return maps[:, kinds.index(first)] if first in kinds else torch.full_like(maps[:, 0], torch.nan)
 

@@ -1,89 +1,66 @@
-"""The yardstick of speed: a model whose tokens are dropped by slicing, so that matching and merging cost nothing.
+"""The baseline of speed: a model whose tokens are dropped by slicing, so that matching and merging cost nothing.
 
-An instrument: its outputs mean nothing, its time is what a merging model with the same tokens per block can at best
-have. Shapes: B batch, N tokens in, M tokens out, C channels, H heads.
+An instrument: its outputs mean nothing, its time is the best that a merging model with the same tokens per block can
+have. Shapes: B batch, N tokens in, M tokens out, C channels, H heads, D their channels.
 """
 
 import copy
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.blocks import (
-    BlockOutput,
-    Local,
-    attend,
-    attention_map,
-    join_heads,
-    mlp_residual,
-    project_out,
-    project_qk,
-    project_v,
-    split_heads,
-)
+from models import MergingViT
+from models.blocks import Candidates, Merged, MergingAttention, Place, adopt, join_heads, split_heads
+from models.methods import Method
 from models.schedule import TokenPlan
-from models.vit import MergingViT
+from models.tokens import Tokens
+from models.vit import Layer
 
 
-class IdealViT(MergingViT):
-    """A merging model that keeps the first M tokens of every block instead. Made by `ideal_model`.
+class Slicing(Method):
+    """Another method's place in the block, where nothing is compared: the first M tokens stay.
 
     There are no sizes either, so that attention takes no mask and runs on the fastest kernel there is.
     """
 
-    def plan(self, r: Any = None, patches: int | None = None) -> TokenPlan:
-        """The merging model's; no windows, which only matching needs."""
-        plan = super().plan(r, patches)
-        return plan._replace(local=(0,) * len(plan.local))
+    def __init__(self, original: Method) -> None:
+        object.__setattr__(self, "original", original)  # methods are frozen
 
-    def _run_block(
-        self, block: Block, x: Tensor, size: Tensor, prefix: int, r: int, merged: bool, local: Local | None
-    ) -> BlockOutput:
-        left = x.shape[1] - r
-        if r and self.merge.method == "mctf":
-            place = {"off": drop_after_mlp, "on": drop_one_step_ahead, "precise": drop_and_attend_again}
-            x = place[self.merge.one_step_ahead](block, x, left)  # type: ignore[index]
-        else:
-            x = drop_after_attention(block, x, left)
-        return BlockOutput(x, size[:, :left], None)
+    def place(self) -> Place:
+        """The original's."""
+        return self.original.place()  # type: ignore[attr-defined]
+
+    def needs_score(self) -> bool:
+        """Never: no token is weighed."""
+        return False
+
+    def merge(self, candidates: Candidates) -> Merged:
+        """The first M tokens."""
+        tokens = candidates.tokens
+        left = tokens.x.shape[1] - candidates.plan.r
+        return Merged(tokens._replace(x=tokens.x[:, :left], size=tokens.size[:, :left], carried={}), None, None)
+
+    def attend_merged(self, attn: MergingAttention, attention: Tensor, v: Tensor, merged: Merged) -> Tensor:
+        """The first M rows and columns of the map times the values (B,M,H*D)."""
+        left = v.shape[1]
+        return join_heads(attn.attn_drop(attention[:, :, :left, :left]) @ split_heads(attn, v))
+
+
+class IdealViT(MergingViT):
+    """A merging model that keeps the first M tokens of every block instead. Made by `ideal_model`."""
+
+    def layers(
+        self,
+        tokens: Tokens,
+        plan: TokenPlan,
+        rule: Method | None = None,
+        enter: Callable[[int, Tokens], Tokens] | None = None,
+    ) -> Iterator[Layer]:
+        """The loop of the merging model, with `Slicing` at the place of its method."""
+        return super().layers(tokens, plan, Slicing(rule or self.merge.rule), enter)
 
 
 def ideal_model(model: MergingViT) -> IdealViT:
-    """The yardstick of a merging model, with the same parameters (shared, not copied) and the same tokens per block."""
+    """The baseline of a merging model, with the same parameters (shared, not copied) and the same tokens per block."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    ideal = IdealViT.__new__(IdealViT)
-    nn.Module.__init__(ideal)
-    ideal._adopt(copy.deepcopy(model, shared))
-    return ideal
-
-
-def drop_after_attention(block: Block, x: Tensor, left: int) -> Tensor:
-    """Where ToMe merges: between attention and MLP. (B,N,C) -> (B,M,C)."""
-    x = x + block.drop_path1(block.ls1(attend(block.attn, block.norm1(x))[0]))
-    return mlp_residual(block, x[:, :left])
-
-
-def drop_one_step_ahead(block: Block, x: Tensor, left: int) -> Tensor:
-    """Where MCTF merges: q, k and the map on N tokens; v, product, projection and MLP on M."""
-    attn: Any = block.attn
-    attention = attention_map(attn, *project_qk(attn, block.norm1(x)), None)
-    x = x[:, :left]
-    y = block.norm1(x)
-    v = split_heads(attn, project_v(attn, y))
-    mixed = join_heads(attn.attn_drop(attention[:, :, :left, :left]) @ v)
-    del attention  # as in the merging block
-    x = x + block.drop_path1(block.ls1(project_out(attn, y, mixed)))
-    return mlp_residual(block, x)
-
-
-def drop_and_attend_again(block: Block, x: Tensor, left: int) -> Tensor:
-    """Where precise MCTF merges: after q, k and the map, before a whole block."""
-    attn: Any = block.attn
-    attention_map(attn, *project_qk(attn, block.norm1(x)), None)
-    return drop_after_attention(block, x[:, :left], left)
-
-
-def drop_after_mlp(block: Block, x: Tensor, left: int) -> Tensor:
-    """Where MCTF without looking ahead merges: after an ordinary block."""
-    return drop_after_attention(block, x, x.shape[1])[:, :left]
+    return adopt(IdealViT, copy.deepcopy(model, shared))

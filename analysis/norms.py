@@ -15,7 +15,7 @@ from models import UserError
 from . import charts
 from .command import Images, Loaded, Output, add_command, load_models
 from .outliers import Histogram, Rule, bimodality, bin_edges, norms
-from .walk import final, to_grid, token_kinds, walk
+from .walk import final, to_grid, walk
 
 RULES = ("quantile:0.98", "quantile:0.995", "sigma:3", "ratio:3")
 DENSITY_BINS = 1024
@@ -77,7 +77,7 @@ def measure(own: Namespace, loaded: Loaded, out: Output) -> Measured:
     if not -depth <= own.layer < depth:
         raise UserError(f"--layer is {own.layer}, but {loaded.label} has blocks 0..{depth - 1} (or -{depth}..-1)")
     images = Images(own, loaded, title=f"norms of {loaded.label}")
-    kinds = token_kinds(model)
+    kinds = model.token_types()
     file = out.folder / f"norms_{loaded.slug}.npy"
     shape = (len(images), model.patch_embed.num_patches)
     at_layer = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)

@@ -7,7 +7,7 @@ Shapes: B images, n patches, (gh,gw) the patch grid with n = gh * gw, r merged t
 
 import colorsys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,14 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from models.blocks import attend, mlp_residual
-from models.criteria import attention_received, similarity, token_factor
+from models.blocks import AFTER_MLP, ATTEND_AGAIN, ONE_STEP_AHEAD, Candidates, Readout, attention_residual, mlp_residual
 from models.errors import UserError
-from models.merging import Merge, cosine_scores, merge_by_map, split_sets, unmerge
-from models.schedule import MergeConfig
+from models.merging import Merge, merge_by_map, unmerge
+from models.methods import METHODS, Method
 from models.vit import MergingViT
 
 from .charts import HEAT
-from .walk import Layer, attention, patch_grid, walk
+from .walk import Layer, patch_grid, walk
 
 MAP_BYTES = 2**28  # of one block's attention maps: more images than that are run in parts
 MANY = 6  # patches of a merged token: one with more has a single line, else lines would hide everything
@@ -43,7 +42,7 @@ class State:
     group: Tensor  # (B,n) the outgoing one
     size: Tensor  # (B,n) patches in the outgoing token of each patch
     pairs: Tensor  # (B,r,2) incoming patch tokens: a merged one, and the one that it joined
-    criteria: dict[str, Tensor] = field(default_factory=dict)  # (B,n) each, see `mctf_criteria`
+    criteria: dict[str, Tensor] = field(default_factory=dict)  # (B,n) each, see `token_scores`
 
     @property
     def tokens(self) -> int:
@@ -60,31 +59,32 @@ def block_states(model: MergingViT, images: Tensor, criteria: Collection[int] = 
 
     Args:
         model: in evaluation mode.
-        criteria: blocks whose MCTF criteria are wanted.
+        criteria: blocks whose values of single tokens are wanted, see `token_scores`.
 
     Raises:
         UserError: criteria of a method that has none.
     """
-    if criteria and model.merge.method != "mctf":
-        raise UserError(f"only --merge mctf has criteria, not {model.merge.method}; leave out the view criteria")
+    if criteria and not has_token_scores(model.merge.rule):
+        users = " or ".join(name for name, method in METHODS.items() if has_token_scores(method()))
+        raise UserError(f"only --merge {users} has criteria, not {model.merge.method}; leave out the view criteria")
     device = next(model.parameters()).device
     parts = []
     for part in images.split(_images_at_once(model, images)):
         layers = walk(model, part.to(device))
-        parts.append([_state(layer, model.merge, layer.index in criteria) for layer in layers])
+        parts.append([_state(layer, layer.index in criteria) for layer in layers])
     return [_joined(states) for states in zip(*parts, strict=True)]
 
 
 def _images_at_once(model: MergingViT, images: Tensor) -> int:
     rows, columns = patch_grid(model, images[:1])
     tokens = rows * columns + model.num_prefix_tokens
-    heads = max(block.attn.num_heads for block in model.blocks)  # type: ignore[union-attr]
+    heads = max(block.attn.num_heads for block in model.blocks)
     return max(1, MAP_BYTES // (4 * int(heads) * tokens**2))
 
 
-def _state(layer: Layer, config: MergeConfig, with_criteria: bool) -> State:
+def _state(layer: Layer, with_criteria: bool) -> State:
     size = layer.after.size[:, layer.num_prefix_tokens :].gather(1, layer.after.group)
-    criteria = mctf_criteria(layer, config) if with_criteria else {}
+    criteria = token_scores(layer) if with_criteria else {}
     grids = {name: values.gather(1, layer.before.group).cpu() for name, values in criteria.items()}
     pairs = _pairs(layer.merge, layer.num_prefix_tokens, layer.before.group)
     return State(layer.index, layer.before.group.cpu(), layer.after.group.cpu(), size.cpu(), pairs.cpu(), grids)
@@ -105,43 +105,26 @@ def _joined(parts: tuple[State, ...]) -> State:
     return State(parts[0].index, **tensors, criteria=criteria)
 
 
+def has_token_scores(rule: Method) -> bool:
+    """Whether a method tells by what values of single tokens it decides."""
+    return type(rule).token_scores is not Method.token_scores
+
+
 @torch.no_grad()
-def mctf_criteria(layer: Layer, config: MergeConfig) -> dict[str, Tensor]:
-    """What MCTF (arXiv 2403.10030) compares the incoming patch tokens of a block by, each (B,N-P).
+def token_scores(layer: Layer) -> dict[str, Tensor]:
+    """Values of the incoming patch tokens of a block that its method decides by, each (B,N-P): see its `token_scores`.
 
-    Returns:
-        attention: received, times N: 1 is what every token gets when all are looked at equally.
-        informativeness, size: the token's factors in a pair's score, in (0,1]; 1 merges most readily. Ones where the
-            criterion is off.
-        similarity: of the most similar token of the other set (sources, destinations), in [0,1].
+    Where a method merges what leaves the block, its values are those of the tokens there.
     """
-    tokens, prefix = layer.before.x, layer.num_prefix_tokens
-    if config.one_step_ahead == "off":  # merges what leaves the block
-        tokens = _before_merging(layer)
-    received = attention_received(attention(layer))
-    found = {"attention": received * received.shape[1]}
-    alone = {"informativeness": replace(config, tau_size=0.0), "size": replace(config, tau_info=0.0)}
-    for name, only in alone.items():
-        factor = token_factor(layer.before.size, received, only)
-        found[name] = torch.ones_like(received) if factor is None else factor
-    best = best_partner(similarity(cosine_scores(tokens[:, prefix:], prefix), config.tau_sim or 0), prefix)
-    return {name: values[:, prefix:].float() for name, values in found.items()} | {"similarity": best}
-
-
-def _before_merging(layer: Layer) -> Tensor:
-    block = layer.block
-    y = attend(block.attn, block.norm1(layer.before.x), layer.bias)[0]  # type: ignore[arg-type]
-    return mlp_residual(block, layer.before.x + block.drop_path1(block.ls1(y)))
-
-
-def best_partner(scores: Tensor, prefix: int) -> Tensor:
-    """The best score of every patch token, from a table (B,S,D) of sources and destinations: (B,S+D)."""
-    best = scores.new_zeros(scores.shape[0], scores.shape[1] + scores.shape[2])
-    if scores.numel():  # a single token has no partner
-        sources, destinations = split_sets(best, prefix)
-        sources.copy_(scores.amax(dim=2))
-        destinations.copy_(scores.amax(dim=1))
-    return best
+    tokens, block = layer.before, layer.block
+    readout = Readout(with_score=True)
+    y = block.attn(block.norm1(tokens.x), attn_mask=layer.bias, readout=readout)
+    place = layer.rule.place()
+    if place is not ONE_STEP_AHEAD and place is not ATTEND_AGAIN:
+        tokens = tokens._replace(x=attention_residual(block, tokens.x, y))
+    if place is AFTER_MLP:
+        tokens = tokens._replace(x=mlp_residual(block, tokens.x))
+    return layer.rule.token_scores(Candidates(tokens, layer.plan, readout.keys, readout.score))
 
 
 # Panels

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.blocks import attend, log_size, mlp_residual
+from models.blocks import Candidates
 from models.errors import UserError
 from models.merging import Merge, cosine_scores, group_map, match_bipartite, match_scores, merge_sizes, merge_tokens
+from models.methods.tome import ToMe, patch_keys
+from models.tokens import Tokens
 from models.vit import MergingViT
 
 RULES = ("protected", "published", "unprotected")
@@ -69,25 +71,44 @@ def forward_under(model: MergingViT, images: Tensor, rule: str, r: Any = None) -
         UserError: a model that the published rule makes no sense for.
     """
     check_model(model)
-    x = model.embed_patches(images)
-    merges = model.plan(r, x.shape[1]).merges
-    x, size, prefix = model._enter(0, x, torch.ones(x.shape[:2], device=x.device), 0)
-    x, places = arrange(rule, x, model.num_registers)
-    group = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-    alone, counts, merged = [], [], False
-    for block, merge in zip(model.blocks, merges, strict=True):
-        bias = log_size(size, x) if merged and model.merge.prop_attn else None
-        y, keys, _ = attend(block.attn, block.norm1(x), bias)
-        x = x + block.drop_path1(block.ls1(y))
-        if merge:
-            step = match_rule(rule, keys.mean(dim=1), merge, prefix)
-            x, size, merged = merge_tokens(x, step, size), merge_sizes(size, step), True
-            group = group_map(step).gather(1, group)
-        x = mlp_residual(block, x)
-        alone.append(standing_alone(group, places, x.shape[1]))
-        counts.append(x.shape[1])
-    logits = model.head(model.head_drop(model.fc_norm(model.norm(x)[:, 0])))
+    tokens = model.embed(images)
+    plan, enter = model.plan(r, tokens.x.shape[1]), _Entrance(model, rule)
+    alone, counts = [], []
+    for layer in model.layers(tokens, plan, _MergingRule(rule, model), enter):
+        tokens = layer.after
+        alone.append(standing_alone(tokens.group, enter.positions, tokens.x.shape[1]))
+        counts.append(tokens.x.shape[1])
+    logits = model.head(model.head_drop(model.fc_norm(model.norm(tokens.x)[:, 0])))
     return RuleOutput(logits, torch.stack(alone, dim=1), tuple(counts))
+
+
+class _MergingRule(ToMe):
+    """A rule of who may merge, in ToMe's place; tokens carry no prefix, for two of the rules do not set one aside."""
+
+    def __init__(self, rule: str, model: MergingViT) -> None:
+        values = {"rule": rule, "protected": model.num_prefix_tokens, "prop_attn": model.merge.prop_attn}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # methods are frozen
+
+    def match(self, candidates: Candidates) -> Merge:
+        """The rule's pairs, by the keys of all tokens."""
+        return match_rule(self.rule, patch_keys(candidates), candidates.plan.r, self.protected)  # type: ignore[attr-defined]
+
+
+class _Entrance:
+    """Prefix tokens enter and are arranged in a rule's order; from there on all tokens count as patches."""
+
+    def __init__(self, model: MergingViT, rule: str) -> None:
+        self.model, self.rule = model, rule
+        self.positions = torch.empty(0)  # of the registers, once they have entered
+
+    def __call__(self, layer: int, tokens: Tokens) -> Tokens:
+        if layer:
+            return tokens
+        tokens = self.model.enter(0, tokens)
+        x, self.positions = arrange(self.rule, tokens.x, self.model.num_registers)
+        everything = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        return tokens._replace(x=x, num_prefix_tokens=0, followed=everything)
 
 
 def standing_alone(group: Tensor, places: Tensor, tokens: int) -> Tensor:

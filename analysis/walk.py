@@ -7,78 +7,29 @@ Shapes: B batch, N tokens in, M tokens out, n patches at the input, P prefix tok
 channels, (gh,gw) the patch grid.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.layers import Format
-from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from models.blocks import Local, attention_map, log_size, project_qkv, run_block
-from models.criteria import first_patch, window_of
-from models.errors import UserError
-from models.merging import Merge, group_map
-from models.schedule import MergeConfig
-from models.tokens import Tokens
-from models.vit import MergingViT
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One block's input and output."""
-
-    index: int
-    block: Block
-    before: Tokens  # with the prefix tokens that enter before this block
-    after: Tokens
-    merge: Merge | None  # the merge of this block, None where nothing merges
-    config: MergeConfig
-    token_types: tuple[str, ...]  # names of the prefix tokens, P of them
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """P, the prefix tokens present in this block."""
-        return self.before.num_prefix_tokens
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.before.grid
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Proportional attention's key bias (B,1,1,N); None: all zeros."""
-        tokens = self.before
-        return log_size(tokens.size, tokens.x) if self.config.prop_attn and tokens.sizes_differ else None
+from models import MergingViT, UserError
+from models.blocks import attention_map, project_qkv
+from models.vit import Layer
 
 
 @torch.no_grad()
 def walk(model: MergingViT, images: Tensor, r: Any = None) -> Iterator[Layer]:
-    """Run the model on images (B,3,H,W) and hand out every block, in order.
+    """Run the model on images (B,3,H,W) and hand out every block, in order: the forward's own loop, without gradient.
 
     Args:
         model: in evaluation mode.
         r: another schedule than the model's, in any form of `MergeConfig.r`.
     """
-    x = model.embed_patches(images)
-    plan, grid = model.plan(r, x.shape[1]), patch_grid(model, images)
-    size = torch.ones(x.shape[:2], device=x.device)
-    group = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-    prefix, merged = 0, False
-    for index, block in enumerate(model.blocks):
-        x, size, prefix = model._enter(index, x, size, prefix)
-        local = None
-        if plan.local[index]:
-            windows = window_of(first_patch(group, x.shape[1] - prefix), grid, model.merge.local_grid or 1)
-            local = Local(plan.local[index], windows)
-        out = run_block(block, x, size, prefix, plan.merges[index], model.merge, merged, local)
-        left = group if out.step is None else group_map(out.step).gather(1, group + prefix) - prefix
-        before = Tokens(x, size, prefix, grid, {}, group, merged)
-        x, size, group, merged = out.x, out.size, left, merged or out.step is not None
-        after = Tokens(x, size, prefix, grid, {}, group, merged)
-        yield Layer(index, block, before, after, out.step, model.merge, token_kinds(model, index))
+    plan = model.plan(r, math.prod(patch_grid(model, images)))
+    yield from model.layers(model.embed(images, follow=True), plan)
 
 
 def final(model: MergingViT, layer: Layer) -> Tensor:
@@ -89,9 +40,8 @@ def final(model: MergingViT, layer: Layer) -> Tensor:
 
 def qkv(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value (B,H,N,D) of the block's incoming tokens: before scaling, with bias and any q/k norm."""
-    block: Any = layer.block
     with torch.no_grad():
-        return project_qkv(block.attn, block.norm1(layer.before.x))
+        return project_qkv(layer.block.attn, layer.block.norm1(layer.before.x))
 
 
 def attention(layer: Layer) -> Tensor:
@@ -100,10 +50,9 @@ def attention(layer: Layer) -> Tensor:
     This is the map the block attends with (method mctf: the one it merges by; with one_step_ahead="precise" it then
     attends again, over merged tokens). Rows sum to 1. A column is the mass on a token, so on all patches in it.
     """
-    block: Any = layer.block
     q, k, _ = qkv(layer)
     with torch.no_grad():
-        return attention_map(block.attn, q, k, layer.bias)
+        return attention_map(layer.block.attn, q, k, layer.bias)
 
 
 def patch_grid(model: MergingViT, images: Tensor) -> tuple[int, int]:
@@ -128,16 +77,6 @@ def to_grid(values: Tensor, group: Tensor, grid: tuple[int, int] | None = None) 
         raise UserError(f"{patches} patches do not make a grid of {grid[0]} x {grid[1]}; name the grid")
     rows = torch.arange(batch, device=group.device).unsqueeze(1)
     return values[rows, group].unflatten(1, grid)
-
-
-def token_kinds(model: MergingViT, layer: int | None = None) -> tuple[str, ...]:
-    """Names of the prefix tokens in order: class, distillation, register 1..R (layer: only those in that block)."""
-    names: list[str] = []
-    if layer is None or layer >= model.class_layer:
-        names += ["class", "distillation"][: model.num_class_tokens]
-    if layer is None or layer >= model.register_layer:
-        names += [f"register {index + 1}" for index in range(model.num_registers)]
-    return tuple(names)
 
 
 def allow_any_size(model: MergingViT) -> None:

@@ -1,9 +1,9 @@
 """RegToMe's models: `create_model`, `apply_merging`, `MergingViT`, `MergeConfig`."""
 
+from .config import MergeConfig
 from .errors import UserError
 from .merging import merge_by_map, unmerge
 from .registry import create_model
-from .schedule import MergeConfig
 from .vit import MergeOutput, MergingViT, apply_merging
 
 __version__ = "0.2.0"

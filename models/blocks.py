@@ -1,10 +1,16 @@
-"""timm's transformer block with a merge in it: one function per place, no state of its own.
+"""timm's transformer block with a merge in it: the places where tokens merge, and the parts of attention they need.
 
-Shapes: B batch, N tokens in, M tokens out, n patch tokens in, P prefix tokens, C channels, H heads, D their channels.
+A block is called as a module that takes and gives a tensor, as timm's own, so that forward hooks, FSDP, profilers and
+adapters around its layers see what they expect. The rest of the state goes with the call (`BlockCall`).
+
+Shapes: B batch, N tokens in, M tokens out, P prefix tokens, C channels, H heads, D their channels.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,168 +18,272 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .criteria import attention_received, match_mctf, pooling_weight
-from .merging import (
-    Merge,
-    compose,
-    cosine_scores,
-    group_map,
-    match_bipartite,
-    match_scores,
-    max_tokens,
-    merge_columns,
-    merge_rows,
-    merge_sizes,
-    pool_rows,
-    pool_tokens,
-    pooling,
-    unmerge,
-)
-from .schedule import MergeConfig
+from .merging import Merge, PoolIndex
+from .schedule import BlockPlan
+from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from .methods.base import Method
+
+M = TypeVar("M", bound=nn.Module)
+
+# attention received may underflow; a token is divided by it, and a group of such tokens still needs a weight
+_LEAST_SCORE = 1e-20
 
 
 class BlockOutput(NamedTuple):
-    """Tokens (B,M,C), their sizes (B,M) and the merge that led there (None: nothing merged)."""
+    """The tokens that leave a block, and the merge in it (None: nothing merged)."""
 
-    x: Tensor
-    size: Tensor
-    step: Merge | None
-
-
-class Local(NamedTuple):
-    """LGTM's part of a block: tokens to merge inside windows (> 0), and the window (B,n) of every patch token."""
-
-    r: int
-    windows: Tensor
+    tokens: Tokens
+    merge: Merge | None
 
 
-def run_block(
-    block: Block,
-    x: Tensor,
-    size: Tensor,
-    prefix: int,
-    r: int,
-    config: MergeConfig,
-    merged: bool,
-    local: Local | None = None,
-) -> BlockOutput:
-    """One block that merges r tokens; r = 0 is timm's own block (with proportional attention once sizes differ).
+class Candidates(NamedTuple):
+    """Everything that a method may compare the tokens of a block by.
 
-    Args:
-        x: (B,N,C) residual stream.
-        size: (B,N) patches per token, 1 for the prefix.
-        r: tokens to merge in all, local ones included.
-        merged: whether an earlier block merged, so that sizes differ from 1.
-        local: what merges inside windows (method lgtm).
+    Attributes:
+        tokens: the state at the place of the merge; `tokens.x` (B,N,C) is the residual stream there.
+        plan: how many tokens merge, in which block.
+        keys: (B,H,N,D) of the block's attention; None at places that have none yet.
+        score: (B,N) attention received, mean over heads and queries; None unless `Method.needs_score`.
     """
-    bias = log_size(size, x) if config.prop_attn and merged else None
-    if r > 0 and config.method == "mctf":
-        place = {"off": merge_after_mlp, "on": merge_one_step_ahead, "precise": merge_and_attend_again}
-        return place[config.one_step_ahead](block, x, size, prefix, r, config, bias)  # type: ignore[index]
-    return merge_after_attention(block, x, size, prefix, r, config, bias, local)
+
+    tokens: Tokens
+    plan: BlockPlan
+    keys: Tensor | None
+    score: Tensor | None
 
 
-def merge_after_attention(
-    block: Block,
-    x: Tensor,
-    size: Tensor,
-    prefix: int,
-    r: int,
-    config: MergeConfig,
-    bias: Tensor | None,
-    local: Local | None = None,
-) -> BlockOutput:
+class Merged(NamedTuple):
+    """What a merge leaves: the tokens, the merge itself, and the rows and weights that average any further tensor."""
+
+    tokens: Tokens
+    merge: Merge | None
+    pool: PoolIndex | None  # None where features combine by their maximum
+
+
+class BlockCall:
+    """One call of one block: its state and plan go in, what merged comes out. Every call has its own."""
+
+    def __init__(self, tokens: Tokens, plan: BlockPlan, rule: Method) -> None:
+        self.tokens, self.plan, self.rule = tokens, plan, rule
+        self.merge: Merge | None = None
+
+
+class Readout:
+    """What one call of an attention layer hands out beside its output."""
+
+    def __init__(self, with_score: bool) -> None:
+        self.with_score = with_score
+        self.keys: Tensor | None = None  # (B,H,N,D)
+        self.score: Tensor | None = None  # (B,N) attention received
+
+
+MergeAhead = Callable[[Tensor], tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]]
+
+
+class MergingAttention(Attention):
+    """timm's attention, called as a module, which can show its keys or merge between its map and its values."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        readout: Readout | None = None,
+        merge_ahead: MergeAhead | None = None,
+    ) -> Tensor:
+        """Attention of tokens (B,N,C) -> (B,N,C), or (B,M,C) with `merge_ahead`.
+
+        Args:
+            attn_mask: additive key bias (B,1,1,N), never expanded to N x N.
+            readout: receives keys and, if it asks for it, the attention received.
+            merge_ahead: merges by the attention received (B,H,N,N) map and returns the normed tokens (B,M,C) that are
+                left, and the product of map and values (B,M,H*D).
+        """
+        if merge_ahead is not None:
+            attention = attention_map(self, *project_qk(self, x), attn_mask)
+            merged, product = merge_ahead(attention)
+            mixed = product(attention, project_v(self, merged))
+            del attention  # freed before the projection and the MLP, the memory peak of the block
+            return project_out(self, merged, mixed)
+        if readout is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        y, readout.keys, readout.score = attend(self, x, attn_mask, readout.with_score)
+        return y
+
+
+class MergingBlock(Block):
+    """timm's block with a merge in it; without a call it is timm's own."""
+
+    attn: MergingAttention
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, call: BlockCall | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Tokens (B,N,C) -> (B,M,C); the call receives sizes and merge."""
+        if call is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        tokens = call.tokens._replace(x=x)
+        if call.plan.r == 0:
+            x = super().forward(x, attn_mask=key_bias(tokens, call.rule))
+            call.tokens = tokens._replace(x=x)
+        else:
+            call.tokens, call.merge = call.rule.place().run(self, tokens, call.plan, call.rule)
+        return call.tokens.x
+
+
+def run_block(block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
+    """Call a block as a module; a forward hook may replace its output."""
+    call = BlockCall(tokens, plan, rule)
+    x = block(tokens.x, call)
+    return BlockOutput(call.tokens._replace(x=x), call.merge)
+
+
+def adopt(cls: type[M], module: nn.Module) -> M:
+    """A `cls` with the parameters, submodules and settings of a module of its base class.
+
+    timm builds the module; we only want it to run another forward. So this object is made without its constructor,
+    which would initialise weights a second time and would have to know every keyword of timm's. Forward and backward
+    hooks stay with the module that they were put on.
+    """
+    adopted = cls.__new__(cls)
+    nn.Module.__init__(adopted)
+    state = {name: value for name, value in module.__dict__.items() if not name.startswith(("_forward_", "_backward_"))}
+    adopted.__dict__.update(state)
+    return adopted
+
+
+def merging_block(block: Block) -> MergingBlock:
+    """A block as one that merges."""
+    block.attn = adopt(MergingAttention, block.attn)
+    return adopt(MergingBlock, block)
+
+
+# Places
+
+
+class Costs(NamedTuple):
+    """Multiply-adds per token of a block's parts, and the width of its attention."""
+
+    part: int  # one of q, k, v
+    out: int  # the projection after attention, with its gate
+    mlp: int
+    width: int  # H * D
+
+    def attention(self, tokens: int) -> int:
+        """A whole attention layer: q, k, v, map, product, projection."""
+        return tokens * (3 * self.part + self.out) + 2 * tokens**2 * self.width
+
+    def map_alone(self, tokens: int) -> int:
+        """Query, key and their product."""
+        return tokens * 2 * self.part + tokens**2 * self.width
+
+
+class Place(Protocol):
+    """Where in a block tokens merge: how the block then runs, and what it costs."""
+
+    def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
+        """The block on N tokens, of which plan.r > 0 merge."""
+
+    def macs(self, costs: Costs, tokens: int, left: int) -> int:
+        """Multiply-adds of a block that N tokens enter and M leave."""
+
+
+class AfterAttention:
     """ToMe's place (arXiv 2210.09461): tokens are compared by their keys and merge between attention and MLP."""
-    attn: Any = block.attn
-    y, keys, received = attend(attn, block.norm1(x), bias, r > 0 and config.pooling == "attention")
-    x = x + block.drop_path1(block.ls1(y))
-    del y  # and the keys below: the MLP is the peak of memory
-    step = None
-    if r > 0:
-        weight = pooling_weight(config.pooling, size, received)  # type: ignore[arg-type]
-        step = match_keys(keys, weight, r, prefix, config, local)
-        x, size = pool_tokens(x, step, weight), merge_sizes(size, step)
-    del keys
-    return BlockOutput(mlp_residual(block, x), size, step)
+
+    def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
+        """See `Place.run`."""
+        readout = Readout(rule.needs_score())
+        y = block.attn(block.norm1(tokens.x), attn_mask=key_bias(tokens, rule), readout=readout)
+        tokens = tokens._replace(x=attention_residual(block, tokens.x, y))
+        del y  # and the keys below: the MLP is the peak of memory
+        merged = rule.merge(Candidates(tokens, plan, readout.keys, readout.score))
+        del readout
+        tokens, merge = merged.tokens, merged.merge
+        del merged
+        return BlockOutput(tokens._replace(x=mlp_residual(block, tokens.x)), merge)
+
+    def macs(self, costs: Costs, tokens: int, left: int) -> int:
+        """See `Place.macs`."""
+        return costs.attention(tokens) + left * costs.mlp
 
 
-def match_keys(
-    keys: Tensor, weight: Tensor | None, r: int, prefix: int, config: MergeConfig, local: Local | None
-) -> Merge:
-    """Matching by keys (B,H,N,D): ToMe's, or LGTM's local matching and then, on what it leaves, the global one.
+class OneStepAhead:
+    """MCTF's place (arXiv 2403.10030): the attention map of all tokens says which merge, and serves merged ones."""
 
-    LGTM (arXiv 2303.02331) is our reading, for its code was never published: in the local matching pairs stay inside a
-    window, ceil(r / windows) in each; what windows cannot give is made up by the best pairs of all in the same
-    matching, so that every image keeps the same number of tokens. For the global matching the keys of a group are
-    pooled as its features are.
-    """
-    metric, two_way = mean_over_heads(keys.detach()), bool(config.bidirectional)
-    if local is None:
-        return match_bipartite(metric[:, prefix:], r, prefix, two_way)
-    scores = cosine_scores(metric[:, prefix:], prefix)
-    windows = config.local_grid**2  # type: ignore[operator]
-    step = match_scores(scores, local.r, prefix, two_way, local.windows, windows)
-    if local.r == r:
-        return step
-    metric = pool_tokens(metric, step, weight)
-    return compose(step, match_bipartite(metric[:, prefix:], r - local.r, prefix, two_way))
+    def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
+        """See `Place.run`."""
+        ahead: list[Merged] = []
 
+        def merge_ahead(attention: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+            score = attention_score(attention) if rule.needs_score() else None
+            merged = rule.merge(Candidates(tokens, plan, None, score))
+            ahead.append(merged)
+            product = lambda attention, v: rule.attend_merged(block.attn, attention, v, merged)  # noqa: E731
+            return block.norm1(merged.tokens.x), product
 
-def merge_one_step_ahead(
-    block: Block, x: Tensor, size: Tensor, prefix: int, r: int, config: MergeConfig, bias: Tensor | None
-) -> BlockOutput:
-    """MCTF (arXiv 2403.10030): match by the attention of the block's input, merge, and attend with that same map.
+        y = block.attn(block.norm1(tokens.x), attn_mask=key_bias(tokens, rule), merge_ahead=merge_ahead)
+        tokens, merge, _ = ahead.pop()
+        tokens = tokens._replace(x=attention_residual(block, tokens.x, y))
+        del y
+        return BlockOutput(tokens._replace(x=mlp_residual(block, tokens.x)), merge)
 
-    Summing the key columns of a map A over groups gives every member its group's value, and a weighted mean W of query
-    rows commutes with the product, so the merged map times v is W (A unmerge(v)): no map is ever merged. Only the
-    maximum of rows is not linear and needs the map itself.
-    """
-    attn: Any = block.attn
-    attention = attention_map(attn, *project_qk(attn, block.norm1(x)), bias)
-    received = attention_received(attention)
-    step = match_mctf(x, size, received, r, prefix, config)
-    weight = pooling_weight(config.pooling, size, received)  # type: ignore[arg-type]
-    plan = None if weight is None else pooling(step, weight)
-    x = max_tokens(x, step) if plan is None else pool_rows(x, plan)
-    size = merge_sizes(size, step)
-    y = block.norm1(x)
-    v = project_v(attn, y)
-    if plan is None:
-        merged_map = merge_rows(merge_columns(attention, step), step)
-        mixed = join_heads(attn.attn_drop(merged_map) @ split_heads(attn, v))
-    else:
-        spread = split_heads(attn, unmerge(v, group_map(step)))
-        mixed = pool_rows(join_heads(attn.attn_drop(attention) @ spread), plan)
-    del attention  # its memory serves the MLP: 4 % of the time of a small model on a CPU
-    x = x + block.drop_path1(block.ls1(project_out(attn, y, mixed)))
-    return BlockOutput(mlp_residual(block, x), size, step)
+    def macs(self, costs: Costs, tokens: int, left: int) -> int:
+        """See `Place.macs`: map and product on N tokens (`Method.attend_merged`), all else on M."""
+        product = tokens**2 * costs.width
+        return costs.map_alone(tokens) + left * costs.part + product + left * costs.out + left * costs.mlp
 
 
-def merge_and_attend_again(
-    block: Block, x: Tensor, size: Tensor, prefix: int, r: int, config: MergeConfig, bias: Tensor | None
-) -> BlockOutput:
-    """MCTF, precise: match by the attention of the block's input, merge, and attend anew."""
-    attn: Any = block.attn
-    with torch.no_grad():
-        received = attention_received(attention_map(attn, *project_qk(attn, block.norm1(x)), bias))
-        step = match_mctf(x, size, received, r, prefix, config)
-        weight = pooling_weight(config.pooling, size, received)  # type: ignore[arg-type]
-    x, size = pool_tokens(x, step, weight), merge_sizes(size, step)
-    bias = log_size(size, x) if config.prop_attn else None
-    x = x + block.drop_path1(block.ls1(attend(attn, block.norm1(x), bias)[0]))
-    return BlockOutput(mlp_residual(block, x), size, step)
+class AttendAgain:
+    """MCTF's precise place: the attention map of all tokens says which merge, and merged ones attend anew."""
+
+    def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
+        """See `Place.run`."""
+        with torch.no_grad():
+            q, k = project_qk(block.attn, block.norm1(tokens.x))
+            attention = attention_map(block.attn, q, k, key_bias(tokens, rule))
+            score = attention_score(attention) if rule.needs_score() else None
+            del q, k, attention
+        tokens, merge, _ = rule.merge(Candidates(tokens, plan, None, score))
+        y = block.attn(block.norm1(tokens.x), attn_mask=key_bias(tokens, rule))
+        tokens = tokens._replace(x=attention_residual(block, tokens.x, y))
+        del y
+        return BlockOutput(tokens._replace(x=mlp_residual(block, tokens.x)), merge)
+
+    def macs(self, costs: Costs, tokens: int, left: int) -> int:
+        """See `Place.macs`."""
+        return costs.map_alone(tokens) + costs.attention(left) + left * costs.mlp
 
 
-def merge_after_mlp(
-    block: Block, x: Tensor, size: Tensor, prefix: int, r: int, config: MergeConfig, bias: Tensor | None
-) -> BlockOutput:
-    """MCTF without looking ahead: an ordinary block, whose output merges by that block's attention."""
-    attn: Any = block.attn
-    y, _, received = attend(attn, block.norm1(x), bias, True)
-    x = mlp_residual(block, x + block.drop_path1(block.ls1(y)))
-    step = match_mctf(x, size, received, r, prefix, config)  # type: ignore[arg-type]
-    weight = pooling_weight(config.pooling, size, received)  # type: ignore[arg-type]
-    return BlockOutput(pool_tokens(x, step, weight), merge_sizes(size, step), step)
+class AfterMlp:
+    """MCTF's place without looking ahead: an ordinary block, whose output merges by that block's attention."""
+
+    def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
+        """See `Place.run`."""
+        bias = key_bias(tokens, rule)
+        readout = Readout(rule.needs_score())
+        y = block.attn(block.norm1(tokens.x), attn_mask=bias, readout=readout if readout.with_score else None)
+        tokens = tokens._replace(x=mlp_residual(block, attention_residual(block, tokens.x, y)))
+        merged = rule.merge(Candidates(tokens, plan, None, readout.score))
+        return BlockOutput(merged.tokens, merged.merge)
+
+    def macs(self, costs: Costs, tokens: int, left: int) -> int:
+        """See `Place.macs`."""
+        return costs.attention(tokens) + tokens * costs.mlp
+
+
+AFTER_ATTENTION, ONE_STEP_AHEAD, ATTEND_AGAIN, AFTER_MLP = AfterAttention(), OneStepAhead(), AttendAgain(), AfterMlp()
+PLACES: tuple[Place, ...] = (AFTER_ATTENTION, ONE_STEP_AHEAD, ATTEND_AGAIN, AFTER_MLP)
+
+
+# Parts of a block
+
+
+def attention_residual(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    """The first half of a block, from the output y of its attention."""
+    return x + block.drop_path1(block.ls1(y))
 
 
 def mlp_residual(block: Block, x: Tensor) -> Tensor:
@@ -181,19 +291,34 @@ def mlp_residual(block: Block, x: Tensor) -> Tensor:
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
+def key_bias(tokens: Tokens, rule: Method) -> Tensor | None:
+    """Proportional attention's key bias (B,1,1,N), None where it would be all zeros or is switched off."""
+    return log_size(tokens.size, tokens.x) if rule.prop_attn and tokens.sizes_differ else None
+
+
+def log_size(size: Tensor, like: Tensor) -> Tensor:
+    """Proportional attention's key bias: a token that stands for s patches counts s times. (B,N) -> (B,1,1,N)."""
+    return size.log().to(like.dtype)[:, None, None, :]
+
+
 def attend(
-    attn: Attention, x: Tensor, bias: Tensor | None = None, with_received: bool = False
+    attn: Attention, x: Tensor, bias: Tensor | None = None, with_score: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """timm's attention with an additive key bias (B,1,1,N), never expanded to N x N.
 
     Also returns the keys (B,H,N,D) and, if asked for, the attention received (B,N), which needs the map.
     """
     q, k, v = project_qkv(attn, x)
-    if not with_received:
+    if not with_score:
         return project_out(attn, x, join_heads(attention_product(attn, q, k, v, bias))), k, None
     attention = attention_map(attn, q, k, bias)
     y = project_out(attn, x, join_heads(attn.attn_drop(attention) @ v))
-    return y, k, attention_received(attention)
+    return y, k, attention_score(attention)
+
+
+def attention_score(attention: Tensor) -> Tensor:
+    """Attention received: the mean of a map (B,H,N,N) over heads and queries, in fp32 and without gradient: (B,N)."""
+    return attention.detach().flatten(1, 2).mean(dim=1, dtype=torch.float32).clamp(min=_LEAST_SCORE)
 
 
 def mean_over_heads(x: Tensor) -> Tensor:
@@ -215,11 +340,29 @@ def project_qk(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def project_v(attn: Attention, x: Tensor) -> Tensor:
     """The third one, with heads joined: (B,N,C) -> (B,N,H*D)."""
-    return _linear_rows(attn.qkv, x, slice(2 * attn.attn_dim, None))
+    return _linear_rows(attn.qkv, x, slice(2 * attn.attn_dim, 3 * attn.attn_dim))
 
 
-def _linear_rows(linear: nn.Linear, x: Tensor, rows: slice) -> Tensor:
+def _linear_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
+    """Some of the outputs of a linear layer.
+
+    A plain layer computes only those. A layer that is more than its weight (an adapter around it, a quantised or
+    parametrised one, one with hooks) is called as a module, and the other outputs are thrown away.
+    """
+    if not is_plain(linear):
+        return linear(x)[..., rows]
+    assert isinstance(linear, nn.Linear)
     return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether calling a layer is the same as multiplying by its weight: nn.Linear itself, without hooks of its own.
+
+    Hooks on all modules at once are left out: counters and profilers set them, to see what runs otherwise.
+    """
+    return type(linear) is nn.Linear and not (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    )
 
 
 def _by_heads(attn: Attention, x: Tensor) -> tuple[Tensor, ...]:
@@ -259,8 +402,3 @@ def project_out(attn: Attention, x: Tensor, y: Tensor) -> Tensor:
     if attn.gate is not None:
         y = y * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(y))
-
-
-def log_size(size: Tensor, like: Tensor) -> Tensor:
-    """Proportional attention's key bias: a token that stands for s patches counts s times. (B,N) -> (B,1,1,N)."""
-    return size.log().to(like.dtype)[:, None, None, :]

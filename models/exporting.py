@@ -16,10 +16,10 @@ from timm.models import register_model
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from .config import MergeConfig
 from .errors import UserError
 from .registry import create_model
 from .scatter_free import scatter_free
-from .schedule import MergeConfig
 from .vit import MergingViT
 from .weights import load_weights
 

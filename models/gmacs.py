@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable
 from typing import Any, cast
 
-from timm.layers import Attention
-from timm.models.vision_transformer import Block
 from torch import nn
 
-from .schedule import MergeConfig, TokenPlan
+from .blocks import Costs, MergingBlock
+from .methods.base import Method
+from .schedule import TokenPlan
 from .vit import MergingViT
 
 
@@ -26,44 +26,27 @@ def gmacs(model: MergingViT, r: Any = None, img: int | tuple[int, int] | None = 
     patches = _patches(model, img)
     plan = r if isinstance(r, TokenPlan) else model.plan(r, patches)
     macs = model.patch_embed.proj.weight.numel() * patches
-    left, blocks = patches, cast(Iterable[Block], model.blocks)
+    left, blocks = patches, cast(Iterable[MergingBlock], model.blocks)
     for block, prefix, merged in zip(blocks, model.prefixes(), plan.merges, strict=True):
-        macs += block_macs(block, left + prefix, left + prefix - merged, model.merge)
+        macs += block_macs(block, left + prefix, left + prefix - merged, model.merge.rule)
         left -= merged
     return (macs + _head_macs(model, left + model.num_prefix_tokens)) / 1e9
 
 
-def block_macs(block: Block, tokens: int, left: int, config: MergeConfig) -> int:
+def block_macs(block: MergingBlock, tokens: int, left: int, rule: Method) -> int:
     """Multiply-adds of a block that N tokens enter and M leave, by the place where the method merges."""
-    attn: Any = block.attn
-    mlp = linear_macs(block.mlp)
-    if config.method != "mctf" or tokens == left:
-        return attention_macs(attn, tokens) + left * mlp
-    look = tokens * 2 * _per_part(attn) + tokens**2 * attn.attn_dim  # q, k and the map
-    product = tokens**2 * attn.attn_dim
-    return {
-        "off": attention_macs(attn, tokens) + tokens * mlp,
-        "on": look + left * _per_part(attn) + product + left * _out(attn) + left * mlp,
-        "precise": look + attention_macs(attn, left) + left * mlp,
-    }[config.one_step_ahead]  # type: ignore[index]
-
-
-def attention_macs(attn: Attention, tokens: int) -> int:
-    """A whole attention layer: q, k, v, map, product, projection."""
-    return tokens * (3 * _per_part(attn) + _out(attn)) + 2 * tokens**2 * attn.attn_dim
+    attn, mlp = block.attn, linear_macs(block.mlp)
+    out = linear_macs(attn.proj) + (0 if attn.gate is None else linear_macs(attn.gate))
+    costs = Costs(linear_macs(attn.qkv) // 3, out, mlp, attn.attn_dim)
+    if tokens == left:
+        return costs.attention(tokens) + tokens * mlp
+    return rule.place().macs(costs, tokens, left)
 
 
 def linear_macs(module: nn.Module) -> int:
-    """Multiply-adds per token of all linear layers of a module."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-
-def _per_part(attn: Attention) -> int:
-    return attn.qkv.weight.numel() // 3
-
-
-def _out(attn: Attention) -> int:
-    return attn.proj.weight.numel() + (0 if attn.gate is None else attn.gate.weight.numel())
+    """Multiply-adds per token of all linear layers of a module, also those inside adapters and quantised ones."""
+    leaves: list[Any] = [part for part in module.modules() if not list(part.children())]
+    return sum(part.in_features * part.out_features for part in leaves if hasattr(part, "out_features"))
 
 
 def _head_macs(model: MergingViT, tokens: int) -> int:

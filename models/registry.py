@@ -15,8 +15,8 @@ from timm.models import is_model_in_modules, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .config import MergeConfig
 from .errors import UserError
-from .schedule import MergeConfig
 from .vit import MergingViT, apply_merging
 
 # Ours -> timm's. The rows of published models; weights come from timm's entry of the second name.

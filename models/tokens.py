@@ -5,7 +5,10 @@ Shapes: B batch, N tokens, n patches at the input, P prefix tokens, C channels, 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .merging import Merge, group_map, merge_sizes, merge_tokens
 
 
 class Tokens(NamedTuple):
@@ -35,3 +38,28 @@ class Tokens(NamedTuple):
         """The token (B,n) that each patch is in, counted without the prefix, where patches are followed."""
         assert self.followed is not None, "the patches of these tokens were not followed: run with trace=True"
         return self.followed
+
+    def merged(self, x: Tensor, merge: Merge) -> "Tokens":
+        """The state after a merge, with the features (B,M,C) that it leaves. `follow` brings the groups up to date."""
+        carried = {name: merge_tokens(value, merge, self.size) for name, value in self.carried.items()}
+        return self._replace(x=x, size=merge_sizes(self.size, merge), carried=carried, sizes_differ=True)
+
+    def follow(self, merge: Merge | None) -> "Tokens":
+        """The state whose patches are told where a merge took them; as it is where nobody follows them."""
+        if self.followed is None or merge is None:
+            return self
+        prefix = self.num_prefix_tokens
+        return self._replace(followed=group_map(merge).gather(1, self.followed + prefix) - prefix)
+
+    def with_prefix(self, x: Tensor, count: int) -> "Tokens":
+        """The state after `count` prefix tokens entered, which gave x (B,N+count,C)."""
+        if not count:
+            return self
+        batch = x.shape[0]
+        # all prefix sizes are 1 and all that they carry is 0, so new ones may go in front whatever the order
+        size = torch.cat((self.size.new_ones(batch, count), self.size), dim=1)
+        carried = {
+            name: torch.cat((value.new_zeros(batch, count, *value.shape[2:]), value), dim=1)
+            for name, value in self.carried.items()
+        }
+        return self._replace(x=x, size=size, carried=carried, num_prefix_tokens=self.num_prefix_tokens + count)

@@ -4,7 +4,8 @@ Shapes: B batch, N tokens in, M tokens out, n patches at the input, P prefix tok
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,17 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import BlockOutput, Local, run_block
-from .criteria import first_patch, window_of
+from .blocks import BlockOutput, MergingAttention, MergingBlock, adopt, key_bias, merging_block, run_block
+from .config import MergeConfig
 from .errors import UserError
-from .merging import group_map
-from .schedule import MergeConfig, TokenPlan, token_plan, warn_if_clamped
+from .merging import Merge
+from .methods.base import Method
+from .schedule import BlockPlan, Schedule, TokenPlan, parse_schedule, token_plan, warn_if_clamped
+from .tokens import Tokens
 
 
 class MergeOutput(NamedTuple):
-    """What `model(images, trace=True)` returns."""
+    """The result of `model(images, trace=True)`."""
 
     logits: Tensor  # (B,classes); with a distillation token the mean of both heads
     tokens: Tensor  # (B,M,C) after the final norm, prefix first
@@ -32,6 +35,39 @@ class MergeOutput(NamedTuple):
     counts: tuple[int, ...]  # tokens after every block
     logits_class: Tensor  # (B,classes) of the class token's head
     logits_dist: Tensor | None  # (B,classes) of the distillation token's head
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of a forward: its input and output, and the merge in it (None: nothing merged)."""
+
+    plan: BlockPlan
+    block: MergingBlock
+    before: Tokens  # with the prefix tokens that enter before this block
+    after: Tokens
+    merge: Merge | None
+    rule: Method
+    token_types: tuple[str, ...]  # names of the prefix tokens, P of them
+
+    @property
+    def index(self) -> int:
+        """The block's number, from 0."""
+        return self.plan.layer
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P, the prefix tokens present in this block."""
+        return self.before.num_prefix_tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns (gh,gw) of patches at the input."""
+        return self.before.grid
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Proportional attention's key bias (B,1,1,N) that the block attends with; None: all zeros."""
+        return key_bias(self.before, self.rule)
 
 
 class MergingViT(VisionTransformer):
@@ -52,6 +88,8 @@ class MergingViT(VisionTransformer):
     Raises:
         UserError: an option out of range or a form that merging does not support.
     """
+
+    blocks: Any  # nn.Sequential of MergingBlock
 
     def __init__(
         self,
@@ -78,8 +116,8 @@ class MergingViT(VisionTransformer):
         # timm computes int(dim * mlp_ratio): the half keeps rounding from losing a unit
         sizes |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": (mlp_dim + 0.5) / dim}
         vit_class = VisionTransformerDistilled if distilled else VisionTransformer
-        nn.Module.__init__(self)
-        self._adopt(vit_class(**sizes, **vit))
+        nn.Module.__init__(self)  # timm's constructor would build a second set of weights, see `adopt`
+        self.__dict__.update(vit_class(**sizes, **vit).__dict__)
         self._configure(merge or MergeConfig(r=r), num_registers, register_layer, class_layer)
 
     @classmethod
@@ -94,22 +132,18 @@ class MergingViT(VisionTransformer):
         """Take over a timm model: its parameters are shared, its modules copied, the model itself unchanged."""
         check_supported(vit)
         shared = {id(tensor): tensor for tensor in (*vit.parameters(), *vit.buffers())}
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model._adopt(copy.deepcopy(vit, shared))
+        model = adopt(cls, copy.deepcopy(vit, shared))
         if isinstance(vit, MergingViT):
             register_layer = vit.register_layer if register_layer is None and num_registers != 0 else register_layer
             class_layer = vit.class_layer if class_layer is None else class_layer
         model._configure(merge, num_registers, register_layer or 0, class_layer or 0)
         return model
 
-    def _adopt(self, vit: VisionTransformer) -> None:
-        self.__dict__.update(vit.__dict__)
-        if not isinstance(vit, VisionTransformerDistilled) and not isinstance(vit, MergingViT):
-            self.dist_token, self.head_dist = None, None
-
     def _configure(self, merge: MergeConfig, num_registers: int | None, register_layer: int, class_layer: int) -> None:
         check_supported(self)
+        if not hasattr(self, "dist_token"):  # only timm's distilled class has one
+            self.dist_token, self.head_dist = None, None
+        self.blocks = nn.Sequential(*(merging_block(block) for block in self.blocks))
         if not isinstance(merge, MergeConfig):
             raise UserError(f"merge must be a MergeConfig, not a {type(merge).__name__}")
         depth = len(self.blocks)
@@ -142,6 +176,22 @@ class MergingViT(VisionTransformer):
             self.reg_token = nn.Parameter(torch.cat([*old, fresh], dim=1)) if count else None
         self.num_reg_tokens = count
         self.num_prefix_tokens = class_tokens + count
+
+    @property
+    def r(self) -> Schedule:
+        """The schedule; assigning one, in any form of `MergeConfig.r`, changes it: `model.r = 8`."""
+        return self.merge.r
+
+    @r.setter
+    def r(self, r: Any) -> None:
+        merge = self.merge.with_r(r)
+        warn_if_clamped(merge, token_plan(merge, self.patch_embed.num_patches, self.prefixes()))
+        self.merge = merge
+
+    def extra_repr(self) -> str:
+        """What merges, shown by `repr(model)`."""
+        settings = {"method": self.merge.method, "r": self.merge.r, "num_registers": self.num_registers}
+        return ", ".join(f"{name}={value}" for name, value in settings.items())
 
     @property
     def num_registers(self) -> int:
@@ -184,10 +234,22 @@ class MergingViT(VisionTransformer):
             for layer in range(len(self.blocks))
         )
 
+    def token_types(self, layer: int | None = None) -> tuple[str, ...]:
+        """Names of the prefix tokens in order: class, distillation, register 1..R (layer: only those in that block)."""
+        names: list[str] = []
+        if layer is None or layer >= self.class_layer:
+            names += ["class", "distillation"][: self.num_class_tokens]
+        if layer is None or layer >= self.register_layer:
+            names += [f"register {index + 1}" for index in range(self.num_registers)]
+        return tuple(names)
+
     def plan(self, r: Any = None, patches: int | None = None) -> TokenPlan:
         """Tokens merged and left per block for a schedule (default: the model's own) and a number of patches."""
-        merge = self.merge if r is None else self.merge.with_r(r)
-        return token_plan(merge, self.patch_embed.num_patches if patches is None else patches, self.prefixes())
+        schedule = self.merge.r if r is None else parse_schedule(r)
+        self.merge.check_schedule(schedule)
+        return token_plan(
+            self.merge, self.patch_embed.num_patches if patches is None else patches, self.prefixes(), schedule
+        )
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Change the resolution: position entries of the patches are resampled (bicubic), the others kept."""
@@ -206,17 +268,24 @@ class MergingViT(VisionTransformer):
             r: another schedule than the model's, in any form of `MergeConfig.r`.
             trace: return a `MergeOutput`.
         """
-        x = self.embed_patches(images)
-        plan = self.plan(r, x.shape[1])
+        tokens = self.embed(images, follow=trace)
+        plan = self.plan(r, tokens.x.shape[1])
         if r is not None and not torch.compiler.is_compiling():
-            warn_if_clamped(self.merge.with_r(r), plan)
-        grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])) if any(plan.local) else None
-        x, size, groups = self._run_blocks(x, plan, trace, grid)
-        x = self.norm(x)
-        logits, logits_class, logits_dist = self._classify(x, size)
+            warn_if_clamped(self.merge, plan, parse_schedule(r))
+        layers = self.layers(tokens, plan)
+        del tokens  # else the patch embedding would stay in memory through all blocks
+        groups: list[Tensor] = []
+        for layer in layers:
+            tokens = layer.after
+            groups += [tokens.group] if trace else []
+            del layer
+        tokens = tokens._replace(x=self.norm(tokens.x))
+        logits, logits_class, logits_dist = self.classify(tokens.x, tokens.size)
         if not trace:
             return logits
-        return MergeOutput(logits, x, size, groups[-1], tuple(groups), plan.counts, logits_class, logits_dist)
+        return MergeOutput(
+            logits, tokens.x, tokens.size, tokens.group, tuple(groups), plan.counts, logits_class, logits_dist
+        )
 
     def forward_features(self, images: Tensor, r: Any = None) -> Tensor:  # type: ignore[override]
         """Tokens (B,M,C) after the final norm, prefix first."""
@@ -246,52 +315,66 @@ class MergingViT(VisionTransformer):
             self.pos_embed, list(grid), list(self.patch_embed.grid_size), num_prefix_tokens=self.num_pos_prefix
         )
 
-    def _run_blocks(
-        self, x: Tensor, plan: TokenPlan, trace: bool, grid: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """All blocks; groups are followed where they are asked for, or where windows (of a grid) depend on them."""
-        size = torch.ones(x.shape[:2], device=x.device)
-        group = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace or grid else None
-        groups: list[Tensor] = []
-        prefix, merged = 0, False
-        for layer, block in enumerate(self.blocks):
-            x, size, prefix = self._enter(layer, x, size, prefix)
-            local = None
-            if grid and group is not None and plan.local[layer]:
-                windows = window_of(first_patch(group, x.shape[1] - prefix), grid, self.merge.local_grid or 1)
-                local = Local(plan.local[layer], windows)
-            x, size, step = self._run_block(block, x, size, prefix, plan.merges[layer], merged, local)
-            merged = merged or step is not None
-            if group is not None:
-                group = group if step is None else group_map(step).gather(1, group + prefix) - prefix
-                groups.append(group)
-        return x, size, groups
+    def embed(self, images: Tensor, follow: bool = False) -> Tokens:
+        """The state before the first block: patch embeddings of images (B,3,H,W), before any prefix token enters.
 
-    def _run_block(
-        self, block: Block, x: Tensor, size: Tensor, prefix: int, r: int, merged: bool, local: Local | None
-    ) -> BlockOutput:
-        arguments = (block, x, size, prefix, r, self.merge, merged, local)
+        Args:
+            follow: keep track of the token that each patch is in.
+        """
+        x = self.embed_patches(images)
+        rows, columns = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        rule, size = self.merge.rule, torch.ones(x.shape[:2], device=x.device)
+        tokens = Tokens(x, size, 0, (rows, columns), rule.carry(x, (rows, columns)))
+        if not follow and not rule.spatial:
+            return tokens
+        return tokens._replace(followed=torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
+
+    def layers(
+        self,
+        tokens: Tokens,
+        plan: TokenPlan,
+        rule: Method | None = None,
+        enter: Callable[[int, Tokens], Tokens] | None = None,
+    ) -> Iterator[Layer]:
+        """Run all blocks and hand out each one: the one loop that the forward and all instruments share.
+
+        Blocks are handed out one at a time, so that memory holds one block's tokens as long as the caller keeps none.
+
+        Args:
+            tokens: as `embed` makes them.
+            rule: another method than the model's.
+            enter: another way for prefix tokens to enter than `self.enter`.
+        """
+        rule, enter = rule or self.merge.rule, enter or self.enter
+        for index, block in enumerate(self.blocks):
+            tokens = enter(index, tokens)
+            block_plan = plan.block(index)
+            after, merge = self._run_block(block, tokens, block_plan, rule)
+            after = after.follow(merge)
+            yield Layer(block_plan, block, tokens, after, merge, rule, self.token_types(index))
+            tokens = after
+            del after, merge  # of a long loop only `tokens` may be alive while the next block runs
+
+    def _run_block(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run_block, *arguments, use_reentrant=False)
-        return run_block(*arguments)
+            return checkpoint(run_block, block, tokens, plan, rule, use_reentrant=False)
+        return run_block(block, tokens, plan, rule)
 
-    def _enter(self, layer: int, x: Tensor, size: Tensor, prefix: int) -> tuple[Tensor, Tensor, int]:
+    def enter(self, layer: int, tokens: Tokens) -> Tokens:
         """Insert the prefix tokens whose layer this is, at their places in [class, distillation, registers]."""
-        parts = [x[:, :prefix], x[:, prefix:]]
+        present, batch = tokens.num_prefix_tokens, tokens.x.shape[0]
+        parts = [tokens.x[:, :present], tokens.x[:, present:]]
         entering = 0
         if layer == self.class_layer and self.cls_token is not None:
-            parts.insert(0, self._prefix_tokens(0, self.num_class_tokens, x.shape[0]))
+            parts.insert(0, self._prefix_tokens(0, self.num_class_tokens, batch))
             entering += self.num_class_tokens
         if layer == self.register_layer and self.reg_token is not None:
             # class tokens that are here already stay in front of the registers
-            parts.insert(len(parts) - 1, self._prefix_tokens(self.num_class_tokens, self.num_prefix_tokens, x.shape[0]))
+            parts.insert(len(parts) - 1, self._prefix_tokens(self.num_class_tokens, self.num_prefix_tokens, batch))
             entering += self.num_registers
         if not entering:
-            return x, size, prefix
-        ones = size.new_ones(x.shape[0], entering)
-        parts = [part for part in parts if part.shape[1]]
-        # all prefix sizes are 1, so new ones may go in front whatever the order
-        return torch.cat(parts, dim=1), torch.cat((ones, size), dim=1), prefix + entering
+            return tokens
+        return tokens.with_prefix(torch.cat([part for part in parts if part.shape[1]], dim=1), entering)
 
     def _prefix_tokens(self, start: int, stop: int, batch: int) -> Tensor:
         """Prefix tokens [start, stop) with their position entries, as (B, stop - start, C)."""
@@ -303,7 +386,8 @@ class MergingViT(VisionTransformer):
             x = torch.cat((positioned, x[:, with_position:]), dim=1)
         return self.norm_pre(self.pos_drop(x.expand(batch, -1, -1)))
 
-    def _classify(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def classify(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, those of the class token's head and of the distillation token's, from normed tokens (B,M,C)."""
         logits = self.head(self.head_drop(self.fc_norm(self._pool(x, size))))
         if self.head_dist is None:
             return logits, logits, None
@@ -320,9 +404,10 @@ class MergingViT(VisionTransformer):
             return self.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
         weight = (size / size.sum(dim=1, keepdim=True)).to(x.dtype)
         mean = (x * weight.unsqueeze(-1)).sum(dim=1)
-        return {"avg": lambda: mean, "max": lambda: x.amax(1), "avgmax": lambda: 0.5 * (x.amax(1) + mean)}[
-            self.global_pool
-        ]()
+        if self.global_pool == "avg":
+            return mean
+        largest = x.amax(dim=1)
+        return largest if self.global_pool == "max" else 0.5 * (largest + mean)
 
 
 def apply_merging(
@@ -350,12 +435,14 @@ def check_supported(vit: nn.Module) -> None:
     name = type(vit).__name__
     problem = None
     blocks: Any = getattr(vit, "blocks", ())
+    attentions = {type(getattr(block, "attn", None)) for block in blocks} - {Attention, MergingAttention}
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled, MergingViT):
         problem = f"{name} is not timm's VisionTransformer"
-    elif others := {type(block).__name__ for block in blocks if type(block) is not Block}:
+    elif others := {type(block).__name__ for block in blocks if type(block) not in (Block, MergingBlock)}:
         problem = f"its blocks are {', '.join(sorted(others))}, not timm's Block"
-    elif others := {type(block.attn).__name__ for block in blocks if type(block.attn) is not Attention}:
-        problem = f"its attention is {', '.join(sorted(others))}, not timm's Attention"
+    elif attentions:
+        names = ", ".join(sorted(attention.__name__ for attention in attentions))
+        problem = f"its attention is {names}, not timm's Attention"
     elif vit.global_pool not in ("token", "avg", "avgmax", "max", "map"):
         problem = f"it pools by {vit.global_pool!r}"
     elif not isinstance(vit.patch_drop, nn.Identity):

@@ -29,17 +29,17 @@ class Image(NamedTuple):
 
 
 def slow_match(
-    n: int, prefix: int, r: int, two_way: bool, score: Score, window: dict[int, int] | None = None
+    n: int, prefix: int, r: int, bidirectional: bool, score: Score, window: dict[int, int] | None = None
 ) -> Groups:
     """Groups of all tokens after merging r of n patch tokens; with windows the pairs inside them come first."""
     positions = range(prefix, prefix + n)
     sources, destinations = [p for p in positions if p % 2 == 0], [p for p in positions if p % 2 == 1]
-    first = r // 2 if two_way else r
+    first = r // 2 if bidirectional else r
     pairs = slow_round(sources, destinations, first, score, window)
     goes_to = {s: d for s, d in pairs[:first]}
     left = [s for s in sources if s not in goes_to]
     order = destinations
-    if two_way:
+    if bidirectional:
         back = slow_round(destinations, left, r - first, lambda d, s: score(s, d), window)
         goes_to |= {d: s for d, s in back[: r - first]}
         order = [d for d, _ in back[r - first :]]
@@ -208,17 +208,17 @@ def slow_key_groups(
     grid: tuple[int, int],
 ) -> Groups:
     groups = [[i] for i in range(len(keys))]
-    two_way = bool(config.bidirectional)
+    bidirectional = bool(config.bidirectional)
     if local:
         window = {i: slow_window(min(held[i]), grid, config.local_grid or 1) for i in range(prefix, len(keys))}
         window[-1] = (config.local_grid or 1) ** 2 - 1  # no token, but every window counts
         metric = keys
         groups = slow_match(
-            len(keys) - prefix, prefix, local, two_way, lambda i, j: cosine(metric[i], metric[j]), window
+            len(keys) - prefix, prefix, local, bidirectional, lambda i, j: cosine(metric[i], metric[j]), window
         )
         keys = slow_pool(keys, groups, weights)
     if r - local:
-        found = slow_match(len(keys) - prefix, prefix, r - local, two_way, lambda i, j: cosine(keys[i], keys[j]))
+        found = slow_match(len(keys) - prefix, prefix, r - local, bidirectional, lambda i, j: cosine(keys[i], keys[j]))
         groups = [[i for member in group for i in groups[member]] for group in found]
     return groups
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from analysis.walk import allow_any_size, attention, final, patch_grid, qkv, to_grid, token_kinds, walk
+from analysis.walk import allow_any_size, attention, final, patch_grid, qkv, to_grid, walk
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.blocks import join_heads, project_out
 
@@ -92,10 +92,10 @@ def test_values_go_back_to_their_patches() -> None:
 
 def test_names_of_prefix_tokens() -> None:
     model = make("late")[0]
-    assert token_kinds(model) == ("class", "register 1", "register 2", "register 3")
-    assert [len(token_kinds(model, layer)) for layer in range(4)] == [0, 1, 4, 4]
-    assert token_kinds(make("distilled")[0])[:3] == ("class", "distillation", "register 1")
-    assert token_kinds(make("no prefix")[0]) == ()
+    assert model.token_types() == ("class", "register 1", "register 2", "register 3")
+    assert [len(model.token_types(layer)) for layer in range(4)] == [0, 1, 4, 4]
+    assert make("distilled")[0].token_types()[:3] == ("class", "distillation", "register 1")
+    assert make("no prefix")[0].token_types() == ()
 
 
 def test_any_size_is_timms_dynamic_size_and_changes_nothing_at_the_own_size() -> None:

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from slow import assert_equals_slow, slow_key_groups, slow_window
-from tiny import images, ours, randomise, with_prefix
+from tiny import candidates, images, ours, randomise, with_prefix
 
 from models import MergeConfig, apply_merging, create_model
-from models.blocks import Local, match_keys
-from models.criteria import first_patch, window_of
 from models.merging import compose, group_map, match_bipartite, merge_sizes, pool_tokens
+from models.methods.lgtm import first_patch, window_of
 
 PREFIXES = (0, 1, 2, 5)
 pytestmark = pytest.mark.filterwarnings("ignore:r=.* is more than")
@@ -56,19 +55,22 @@ def test_uneven_and_oblong_grids_equal_the_slow_oracle(size: tuple[int, int], lo
     assert_equals_slow(with_prefix(1, config, img_size=size).double(), images(2, size).double(), gradients=False)
 
 
-@pytest.mark.parametrize("two_way", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("local_grid", [1, 2, 3, 7])
 @pytest.mark.parametrize("grid", [(6, 6), (7, 5), (3, 8)])
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_matching_equals_the_slow_oracle(prefix: int, grid: tuple[int, int], local_grid: int, two_way: bool) -> None:
+def test_matching_equals_the_slow_oracle(
+    prefix: int, grid: tuple[int, int], local_grid: int, bidirectional: bool
+) -> None:
     n = grid[0] * grid[1]
     keys = torch.randn(2, 1, prefix + n, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     size = torch.rand(2, prefix + n, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
-    windows = window_of(torch.arange(n).expand(2, -1), grid, local_grid)
-    config = lgtm(local_grid=local_grid, bidirectional=two_way)
+    state = {"grid": grid, "followed": torch.arange(n).expand(2, -1)}
+    config = lgtm(local_grid=local_grid, bidirectional=bidirectional)
     held = [set() if i < prefix else {i - prefix} for i in range(prefix + n)]
     for local, total in ((1, 1), (4, 4), (n // 3, n // 2), (n // 2, n // 2)):
-        group = group_map(match_keys(keys, size, total, prefix, config, Local(local, windows)))
+        asked = candidates(keys[:, 0], total, prefix, size, keys=keys, local=local, **state)
+        group = group_map(config.rule.match(asked))
         for b in range(2):
             weights = size[b].tolist()
             expected = slow_key_groups(keys[b, 0], held, weights, prefix, total, config, local, grid)
@@ -163,7 +165,7 @@ def test_registers_may_enter_late() -> None:
 def test_two_merges_compose_into_one(prefix: int) -> None:
     x = torch.randn(3, prefix + 12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     size = torch.randint(1, 5, (3, prefix + 12), generator=torch.Generator().manual_seed(1)).double()
-    first = match_bipartite(x[:, prefix:], 4, prefix, two_way=True)
+    first = match_bipartite(x[:, prefix:], 4, prefix, bidirectional=True)
     middle, middle_size = pool_tokens(x, first, size), merge_sizes(size, first)
     second = match_bipartite(middle[:, prefix:], 3, prefix)
     both = compose(first, second)

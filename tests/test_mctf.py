@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from slow import assert_equals_slow, slow_match, slow_mctf_score
-from tiny import images, ours, randomise, with_prefix
+from tiny import candidates, images, ours, randomise, with_prefix
 from torch import Tensor, nn
 
 from models import MergeConfig, MergingViT, create_model, merge_by_map, unmerge
-from models.blocks import attention_map, merge_one_step_ahead, project_qk
-from models.criteria import attention_received, match_mctf, similarity, token_factor
+from models.blocks import attention_map, attention_score, project_qk, run_block
 from models.merging import cosine_scores, group_map, match_scores, merge_columns, merge_rows, merge_sizes, pool_tokens
+from models.methods.mctf import similarity, token_factor
 
 PREFIXES = (0, 1, 2, 5)
 pytestmark = pytest.mark.filterwarnings("ignore:r=.* is more than")
@@ -129,24 +129,26 @@ def test_options_equal_the_slow_oracle(prefix: int, options: dict[str, Any]) -> 
     assert_equals_slow(model, images(2, seed=4).double())
 
 
-@pytest.mark.parametrize("two_way", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 13])
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_matching_equals_the_slow_oracle(prefix: int, n: int, two_way: bool) -> None:
+def test_matching_equals_the_slow_oracle(prefix: int, n: int, bidirectional: bool) -> None:
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(3, prefix + n, 5, generator=generator, dtype=torch.float64)
     received = torch.rand(3, prefix + n, generator=generator, dtype=torch.float64) + 0.01
     size = torch.randint(1, 9, (3, prefix + n), generator=generator).double()
-    config = mctf(bidirectional=two_way)
+    config = mctf(bidirectional=bidirectional)
     for r in {1, 2, n // 2, max(1, n // 3)} & set(range(1, n // 2 + 1)):
-        step = match_mctf(x, size, received, r, prefix, config)
-        assert step.keep.shape == (3, prefix + n - r)
-        group = group_map(step)
+        merge = config.rule.match(candidates(x, r, prefix, size, received))
+        assert merge.keep.shape == (3, prefix + n - r)
+        group = group_map(merge)
         for b in range(3):
-            expected = slow_match(n, prefix, r, two_way, slow_mctf_score(x[b], received[b], size[b].tolist(), config))
+            expected = slow_match(
+                n, prefix, r, bidirectional, slow_mctf_score(x[b], received[b], size[b].tolist(), config)
+            )
             members = [(group[b] == m).nonzero().flatten().tolist() for m in range(prefix + n - r)]
             assert members == [sorted(group) for group in expected]
-            assert step.keep[b].tolist() == [group[0] for group in expected]
+            assert merge.keep[b].tolist() == [group[0] for group in expected]
 
 
 def test_few_tokens_are_left_alone() -> None:
@@ -162,14 +164,14 @@ def test_few_tokens_are_left_alone() -> None:
 def test_a_destination_carries_along_what_merged_into_it() -> None:
     """P = 0: sources 0, 2, 4, destinations 1, 3, 5. Round one: 2 -> 3; round two: 3 -> 4."""
     scores = torch.tensor([[[0.1, 0.2, 0.0], [0.3, 0.9, 0.1], [0.2, 0.8, 0.4]]])
-    step = match_scores(scores, 2, 0, two_way=True)
-    assert step.keep.tolist() == [[0, 4, 5, 1]]
-    assert group_map(step).tolist() == [[0, 3, 1, 1, 1, 2]]
+    merge = match_scores(scores, 2, 0, bidirectional=True)
+    assert merge.keep.tolist() == [[0, 4, 5, 1]]
+    assert group_map(merge).tolist() == [[0, 3, 1, 1, 1, 2]]
     x = torch.tensor([[[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]]])
     weight = torch.tensor([[1.0, 1.0, 2.0, 1.0, 3.0, 1.0]])
-    assert pool_tokens(x, step, weight).flatten().tolist() == pytest.approx([1, (6 + 4 + 15) / 6, 6, 2])
-    assert pool_tokens(x, step, None).flatten().tolist() == [1, 5, 6, 2]
-    assert merge_sizes(weight, step).tolist() == [[1.0, 6.0, 1.0, 1.0]]
+    assert pool_tokens(x, merge, weight).flatten().tolist() == pytest.approx([1, (6 + 4 + 15) / 6, 6, 2])
+    assert pool_tokens(x, merge, None).flatten().tolist() == [1, 5, 6, 2]
+    assert merge_sizes(weight, merge).tolist() == [[1.0, 6.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -179,36 +181,36 @@ def test_two_way_merges_are_partitions_and_unmerge(prefix: int, n: int) -> None:
     x = torch.randn(3, prefix + n, 4, generator=generator)
     size = torch.randint(1, 6, (3, prefix + n), generator=generator).float()
     for r in range(1, n // 2 + 1):
-        step = match_scores(cosine_scores(x[:, prefix:], prefix), r, prefix, two_way=True)
-        group, left = group_map(step), prefix + n - r
+        merge = match_scores(cosine_scores(x[:, prefix:], prefix), r, prefix, bidirectional=True)
+        group, left = group_map(merge), prefix + n - r
         assert torch.equal(group[:, :prefix], torch.arange(prefix).expand(3, -1))
         assert (group[:, prefix:] >= prefix).all()
         assert all(len(set(row.tolist())) == left for row in group)
-        assert torch.equal(merge_sizes(size, step).sum(1), size.sum(1))
-        merged = pool_tokens(x, step, size)
+        assert torch.equal(merge_sizes(size, merge).sum(1), size.sum(1))
+        merged = pool_tokens(x, merge, size)
         torch.testing.assert_close(merged, merge_by_map(x, group, left, size), rtol=1e-5, atol=1e-6)
         back = unmerge(merged, group)
-        alone = merge_sizes(torch.ones_like(size), step).gather(1, group) == 1
+        alone = merge_sizes(torch.ones_like(size), merge).gather(1, group) == 1
         assert torch.equal(back[alone], x[alone])
-        torch.testing.assert_close(pool_tokens(back, step, size), merged, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pool_tokens(back, merge, size), merged, rtol=1e-5, atol=1e-6)
 
 
 def test_maps_merge_by_columns_and_rows() -> None:
     x = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    step = match_scores(cosine_scores(x[:, 1:], 1), 4, 1, two_way=True)
+    merge = match_scores(cosine_scores(x[:, 1:], 1), 4, 1, bidirectional=True)
     attention = torch.rand(2, 3, 9, 9, dtype=torch.float64, requires_grad=True)
-    member = F.one_hot(group_map(step), 5).double()[:, None]  # (B,1,N,M)
-    columns = merge_columns(attention, step)
+    member = F.one_hot(group_map(merge), 5).double()[:, None]  # (B,1,N,M)
+    columns = merge_columns(attention, merge)
     torch.testing.assert_close(columns, attention @ member)
     rows = (columns.unsqueeze(3) * member.unsqueeze(4)).amax(dim=2)  # the map is positive
-    torch.testing.assert_close(merge_rows(columns, step), rows)
-    assert torch.autograd.gradcheck(lambda a: merge_rows(merge_columns(a, step), step), attention)
+    torch.testing.assert_close(merge_rows(columns, merge), rows)
+    assert torch.autograd.gradcheck(lambda a: merge_rows(merge_columns(a, merge), merge), attention)
 
 
 def test_gradient_of_max_pooling() -> None:
-    step = match_scores(torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)), 4, 1, two_way=True)
+    merge = match_scores(torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)), 4, 1, bidirectional=True)
     x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y: pool_tokens(y, step, None), x)
+    assert torch.autograd.gradcheck(lambda y: pool_tokens(y, merge, None), x)
 
 
 def test_criteria_switch_off_and_stay_finite() -> None:
@@ -216,22 +218,22 @@ def test_criteria_switch_off_and_stay_finite() -> None:
     assert similarity(cosine, 1).tolist() == [0.0, 0.5, 1.0]
     assert similarity(cosine, 2).tolist() == pytest.approx([0, 0.5**0.5, 1])
     assert similarity(cosine, 0).tolist() == [1.0, 1.0, 1.0]
-    received = attention_received(torch.zeros(1, 2, 3, 3))
-    factor = token_factor(torch.tensor([[1.0, 2.0, 3.0]]), received, mctf())
+    received = attention_score(torch.zeros(1, 2, 3, 3))
+    factor = token_factor((received, 20.0), (torch.tensor([[1.0, 2.0, 3.0]]), 40.0))
     assert factor is not None
     assert factor.isfinite().all()
-    assert token_factor(torch.ones(1, 3), received, mctf(tau_info=0, tau_size=0)) is None
+    assert token_factor((received, 0), (torch.ones(1, 3), 0)) is None
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_received_is_of_the_normed_keys_and_has_no_gradient(qk_norm: bool) -> None:
+def test_attention_score_is_of_the_normed_keys_and_has_no_gradient(qk_norm: bool) -> None:
     attn = ours(qk_norm=qk_norm).blocks[0].attn
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     seen: list[Tensor] = []
     attn.fused_attn = False
     attn.attn_drop.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     attn(x)
-    received = attention_received(attention_map(attn, *project_qk(attn, x), None))
+    received = attention_score(attention_map(attn, *project_qk(attn, x), None))
     torch.testing.assert_close(received, seen[0].mean(dim=(1, 2)))
     assert not received.requires_grad
 
@@ -243,7 +245,8 @@ def test_output_norm_and_gate_of_an_attention_work_on_merged_tokens() -> None:
     seen: list[Tensor] = []
     for part in (block.attn.norm, block.attn.gate):
         part.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    out = merge_one_step_ahead(block, x, torch.ones(2, 17), 1, 4, mctf(r=4), None)
+    before = candidates(x, 4, 1)
+    out = run_block(block, before.tokens, before.plan, mctf(r=4).rule).tokens
     assert out.x.shape == (2, 13, 24)
     assert [tensor.shape for tensor in seen] == [out.x.shape, out.x.shape]
 
@@ -251,11 +254,11 @@ def test_output_norm_and_gate_of_an_attention_work_on_merged_tokens() -> None:
 # ToMe with MCTF's matching and pooling
 
 
-@pytest.mark.parametrize("two_way", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_tome_equals_the_slow_oracle(prefix: int, pooling: str, two_way: bool) -> None:
-    config = MergeConfig(r=(5, 4, 2), pooling=pooling, bidirectional=two_way)
+def test_tome_equals_the_slow_oracle(prefix: int, pooling: str, bidirectional: bool) -> None:
+    config = MergeConfig(r=(5, 4, 2), pooling=pooling, bidirectional=bidirectional)
     assert_equals_slow(with_prefix(prefix, config, seed=prefix).double(), images(2).double())
 
 

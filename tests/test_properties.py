@@ -214,6 +214,6 @@ def test_absurdly_large_numbers(flag: str) -> None:
 @given(st.dictionaries(st.sampled_from(sorted(VALID)), st.none() | st.booleans() | st.floats() | st.text(max_size=5)))
 def test_any_config_runs_or_is_refused_in_one_line(tmp_path_factory: Any, content: dict[str, Any]) -> None:
     file = tmp_path_factory.mktemp("config") / "c.yaml"
-    file.write_text(main.yaml.safe_dump({key.removeprefix("--"): value for key, value in content.items()}))
+    file.write_text(options.yaml.safe_dump({key.removeprefix("--"): value for key, value in content.items()}))
     status, err = play([*BASE, "--config", str(file)])
     assert (status, err) == (0, "") or (status == 2 and is_one_line(err)), (status, err)

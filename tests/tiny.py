@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from models import MergeConfig, MergingViT, apply_merging
+from models.blocks import Candidates
+from models.schedule import BlockPlan
+from models.tokens import Tokens
 
 SIZES: dict[str, Any] = {
     "img_size": 32,
@@ -91,3 +94,21 @@ def block_inputs(model: MergingViT, x: Tensor) -> list[Tensor]:
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def candidates(
+    x: Tensor,
+    r: int,
+    prefix: int,
+    size: Tensor | None = None,
+    score: Tensor | None = None,
+    keys: Tensor | None = None,
+    layer: int = 0,
+    depth: int = 1,
+    **state: Any,
+) -> Candidates:
+    """What a method is asked in a block that r of the tokens x (B,N,C) are to leave."""
+    size = torch.ones(x.shape[:2], dtype=x.dtype) if size is None else size
+    local = state.pop("local", 0)
+    tokens = Tokens(x, size, prefix, **({"grid": (1, x.shape[1] - prefix), "carried": {}} | state))
+    return Candidates(tokens, BlockPlan(layer, depth, r, local), keys, score)
