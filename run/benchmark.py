@@ -49,23 +49,35 @@ from datasets import DataConfig, build_data, build_eval_loader
 from engine import quartiles, seconds_of
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.gmacs import gmacs
+from models.methods import METHODS, variants
 from models.registry import check_name, data_settings, native_model
 from models.schedule import format_schedule
 from options import Parser, exit_status, parse_args
 from run.results import Point, collect, draw_accuracies, save
 from utils import compile_model, git_revision, log, nearest, seed_all, setup_output, table, versions, write_json
 
-# name -> keywords of MergeConfig; a variant with its own r ignores --r
-VARIANTS: dict[str, dict[str, Any]] = {
-    "tome": {"method": "tome"},
-    "mctf": {"method": "mctf"},
-    "mctf_fast": {"method": "mctf", "r": 0.35, "activate_layers": (3, 6, 9)},
-    "mctf_off": {"method": "mctf", "one_step_ahead": "off"},
-    "mctf_precise": {"method": "mctf", "one_step_ahead": "precise"},
-    "mctf_max": {"method": "mctf", "pooling": "max"},
-    "lgtm": {"method": "lgtm"},
-    "none": {"method": "none", "r": 0},
-}
+
+def configurations() -> dict[str, dict[str, Any]]:
+    """The choices of --methods by name, as keywords of `MergeConfig`.
+
+    They are the published variants, and every method with each choice of a setting that is not its default
+    (mctf_off, mctf_max, ...). --r replaces the r of a variant unless that comes with blocks of its own.
+    """
+    choices = {
+        f"{name}_{choice}": {"method": name, knob.name: choice}
+        for name, method in METHODS.items()
+        for knob in method.knobs().values()
+        for choice in knob.choices
+        if choice != knob.default and name != "none"
+    }
+    published = {
+        name: keywords if "activate_layers" in keywords else {k: v for k, v in keywords.items() if k != "r"}
+        for name, keywords in variants().items()
+    }
+    return {"none": {"method": "none", "r": 0}, **published, **choices}
+
+
+CONFIGURATIONS = configurations()
 PHASES = {
     "inference": "the forward alone",
     "train": "a step of forward, backward and AdamW",
@@ -126,9 +138,9 @@ class TimedCall:
 
 def build_variants(native: nn.Module, args: Namespace) -> list[Variant]:
     """Build timm's model, the merging models and the ideal of each; all share native's weights."""
-    variants = [] if args.no_native else [Variant("native", native, {"method": "native"})]
+    models = [] if args.no_native else [Variant("native", native, {"method": "native"})]
     for method, registers in itertools.product(args.methods, args.num_registers):
-        keywords = VARIANTS[method]
+        keywords = CONFIGURATIONS[method]
         for r in [keywords["r"]] if "r" in keywords else args.r:
             with warnings.catch_warnings(record=True):  # that r is clamped: the table shows the tokens left
                 warnings.simplefilter("always", UserWarning)
@@ -137,10 +149,10 @@ def build_variants(native: nn.Module, args: Namespace) -> list[Variant]:
             name = f"{method} r={format_schedule(model.merge.r)} +{registers}"
             about = _describe(model, method)
             ideal = None if args.no_ideal else f"ideal of {name}"
-            variants.append(Variant(name, model, about, ideal))
+            models.append(Variant(name, model, about, ideal))
             if ideal:
-                variants.append(Variant(ideal, ideal_model(model), about | {"method": f"ideal {method}"}))
-    return variants
+                models.append(Variant(ideal, ideal_model(model), about | {"method": f"ideal {method}"}))
+    return models
 
 
 def _describe(model: MergingViT, method: str) -> dict[str, Any]:
@@ -193,13 +205,13 @@ def end_to_end_call(module: nn.Module, loader: Any, images: int, device: torch.d
     return TimedCall(run, images)
 
 
-def build_calls(variants: Sequence[Variant], setting: BenchmarkSetting, args: Namespace) -> dict[Key, TimedCall]:
-    """Build a call of every variant in every mode, on the same images."""
+def build_calls(models: Sequence[Variant], setting: BenchmarkSetting, args: Namespace) -> dict[Key, TimedCall]:
+    """Build a call of every model in every mode, on the same images."""
     device, dtype = torch.device(setting.device), DTYPES[setting.dtype]
     images = torch.randn(setting.batch_size, 3, setting.img_size, setting.img_size, device=device)
     loader, length = build_loader(args, setting) if setting.phase == "end_to_end" else (None, 0)
     calls = {}
-    for mode, variant in itertools.product(args.modes, variants):
+    for mode, variant in itertools.product(args.modes, models):
         module, compiler_options = variant.module, MODES[mode]
         if compiler_options is not None:
             module = compile_model(module, dynamic=False, fullgraph=True, **compiler_options)
@@ -285,11 +297,11 @@ def measure(setting: BenchmarkSetting, args: Namespace) -> list[dict[str, Any]]:
     native.train(setting.phase == "train")
     if setting.phase != "train":
         native.to(DTYPES[setting.dtype])
-    variants = build_variants(native, args)
-    calls = build_calls(variants, setting, args)
+    models = build_variants(native, args)
+    calls = build_calls(models, setting, args)
     times = interleave(calls, args.rounds, device, args.seed, CLOCKS[args.clock])
     rows = []
-    for mode, variant in itertools.product(args.modes, variants):
+    for mode, variant in itertools.product(args.modes, models):
         key = (variant.name, mode)
         eager = mode == "eager"  # its own mode's ratios would be said twice
         row = {
@@ -457,8 +469,8 @@ def check(args: Namespace) -> None:
         UserError: unknown names, numbers out of range, options that do nothing or contradict.
     """
     for method in args.methods:
-        if method not in VARIANTS:
-            raise UserError(nearest(method, VARIANTS, "--methods"))
+        if method not in CONFIGURATIONS:
+            raise UserError(nearest(method, CONFIGURATIONS, "--methods"))
     for device in args.device:
         _check_device(device)
     for message, broken in _rules(args).items():
@@ -523,7 +535,7 @@ def build_parser() -> Parser:
     )
     add = partial(parser.add_argument, metavar="NAME")
     add("--models", nargs="+", default=["deit_tiny"], help="default: deit_tiny")
-    add("--methods", nargs="+", default=["tome", "mctf", "mctf_fast"], help=", ".join(VARIANTS))
+    add("--methods", nargs="+", default=["tome", "mctf", "mctf_fast"], help=", ".join(CONFIGURATIONS))
     add("--r", nargs="+", default=["16"], metavar="R", help="schedules of the methods without one of their own")
     add("--num_registers", nargs="+", type=int, default=[4], metavar="R")
     add("--batch_sizes", nargs="+", type=int, default=[8], metavar="B")

@@ -2,7 +2,8 @@
 
     python run/methods_table.py --data_path DATA/imagenet_mini --weights deit_tiny_imagenet.safetensors --out table
 
-Training-free, fp32 unless --amp says otherwise. The rows are those that the published code was measured on, and LGTM.
+Training-free, fp32 unless --amp says otherwise. The rows are those that the published code was measured on, LGTM, and
+the published variants of every other method.
 """
 
 import sys
@@ -24,12 +25,13 @@ from distributed import Distributed
 from engine import build_precision, evaluate
 from models import MergeConfig, MergingViT, apply_merging, create_model
 from models.gmacs import gmacs
+from models.methods import variants
 from models.registry import data_settings
 from models.weights import extract_state_dict, load_weights
 from utils import log, table, write_json
 
-BLOCKS = tuple(range(1, 12))
-ROWS: dict[str, MergeConfig] = {
+# The rows that the published code was measured on, and what is published of later methods
+MEASURED: dict[str, MergeConfig] = {
     "dense": MergeConfig(r=0),
     "ToMe r=8": MergeConfig(r=8),
     "ToMe r=13": MergeConfig(r=13),
@@ -39,14 +41,16 @@ ROWS: dict[str, MergeConfig] = {
     "ToMe, 3 dense layers then r=16": MergeConfig(r=16, dense_layers=3),
     "ToMe, 3 dense layers then r=20": MergeConfig(r=20, dense_layers=3),
     "ToMe (8,-1)": MergeConfig(r="(8,-1)"),
-    "MCTF r=8, blocks 1-11": MergeConfig("mctf", 8, BLOCKS),
-    "MCTF r=13, blocks 1-11": MergeConfig("mctf", 13, BLOCKS),
-    "MCTF r=16, blocks 1-11": MergeConfig("mctf", 16, BLOCKS),
+    "MCTF r=8, blocks 1-11": MergeConfig("mctf", 8),
+    "MCTF r=13, blocks 1-11": MergeConfig("mctf", 13),
+    "MCTF r=16, blocks 1-11": MergeConfig("mctf", 16),
     "MCTF-Fast, 0.35 at blocks 3,6,9": MergeConfig("mctf", 0.35, (3, 6, 9)),
     "LGTM r=4 (ours)": MergeConfig("lgtm", 4),
     "LGTM r=8 (ours)": MergeConfig("lgtm", 8),
     "LGTM r=12 (ours)": MergeConfig("lgtm", 12),
 }
+PUBLISHED = {f"{name} r={keywords['r']}": MergeConfig(**keywords) for name, keywords in variants().items()}
+ROWS = MEASURED | {name: config for name, config in PUBLISHED.items() if config not in MEASURED.values()}
 
 
 class Variants(nn.Module):

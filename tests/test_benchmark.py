@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.ideal import ideal_model
 from models import MergeConfig, UserError, create_model
-from run.benchmark import TimedCall, interleave, main, match_accuracies, peak_memory, ratio
+from models.methods import METHODS
+from run.benchmark import CONFIGURATIONS, TimedCall, interleave, main, match_accuracies, peak_memory, ratio
 
 CPU = torch.device("cpu")
 TINY = ["--models", "deit_digits", "--r", "8", "--batch_sizes", "2", "--device", "cpu", "--rounds", "3"]
@@ -187,6 +188,18 @@ def test_all_phases_are_measured_saved_and_drawn(tmp_path: Path, capsys: pytest.
     tome = next(row for row in rows if row["name"] == "tome r=8 +2")
     assert tome["tokens"] == [59, 51, 43, 35, 27, 19] and tome["gmacs"] > 0
     assert (tmp_path / "benchmark.txt").is_file() and (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_every_method_takes_part_by_its_name(tmp_path: Path) -> None:
+    argv = ["--methods", *METHODS, "mctf_off", "mctf_max", "--num_registers", "2", "--output_dir", str(tmp_path)]
+    assert main([*TINY, *argv]) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    merges = {row["method"]: row["merge"] for row in rows if "merge" in row and not row["name"].startswith("ideal")}
+    assert {name: merge["method"] for name, merge in merges.items() if name in METHODS} == {
+        name: name for name in METHODS
+    }
+    assert merges["mctf_off"]["one_step_ahead"] == "off" and merges["mctf_max"]["pooling"] == "max"
+    assert CONFIGURATIONS["mctf_fast"] == {"method": "mctf", "r": 0.35, "activate_layers": (3, 6, 9)}
 
 
 def test_dtypes_are_settings_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from models.methods import METHODS
 from run import methods_table
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -32,6 +33,12 @@ def test_published_rows_on_210_images(tmp_path: Path) -> None:
         assert abs(row["agree"] - agree) < THREE_IMAGES + 0.01
         assert row["kl"] == pytest.approx(kl, rel=0.02, abs=1e-6)
     assert re.search(r"\| MCTF r=16, blocks 1-11 +\| 0.704 \|", (tmp_path / "table.md").read_text())
+
+
+def test_every_method_has_a_row() -> None:
+    assert {config.method for config in methods_table.ROWS.values()} | {"none"} == set(METHODS)
+    configs = list(methods_table.ROWS.values())
+    assert len(set(configs)) == len(configs)
 
 
 def test_missing_weights_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
