@@ -1,4 +1,15 @@
-"""Checkpoint files: written whole or not at all, read without running code, resumed from; and random state."""
+"""Checkpoint files: they are written whole or not at all, read without running code, and resumed from.
+
+A run keeps two of them, checkpoint.pth and checkpoint_prev.pth. Writing goes
+
+    checkpoint.pth.PID.tmp      the new one, written and synced
+    checkpoint.pth.PID.old.tmp  a second name (hard link) of the old checkpoint.pth
+    rename .tmp     -> checkpoint.pth        the new one is in place
+    rename .old.tmp -> checkpoint_prev.pth   and only now the one before the old one is given up
+
+so that a kill between any two lines leaves a whole checkpoint under one of the two names; `load_resume` takes the
+newest whole one. A disk that lies about syncing can still leave a torn file: that is what the fallback is for.
+"""
 
 import argparse
 import hashlib
@@ -17,47 +28,22 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-import torch._dynamo
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from distributed import broadcast_object
 from models.errors import UserError
-from utils import _first_line, _replacing, _temporary, _write_synced, is_main_process, log
+from utils import atomic_write, first_line, is_main_process, log, temporary_path
 
 
 class DamagedCheckpoint(UserError):
     """A file that is torn, altered or no checkpoint at all, so that the one before it may serve instead."""
 
 
-def rng_state() -> dict[str, Any]:
-    """State of the global streams in tensors and plain values; of CUDA the current device, if it is in use."""
-    version, words, gauss = random.getstate()
-    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
-    inner = numpy_state["state"]
-    cached = [int(numpy_state["has_gauss"]), float(numpy_state["gauss"])]
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(inner["key"].astype(np.int64)), int(inner["pos"]), *cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what `rng_state` returned; a CUDA state is skipped where there is no CUDA."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    key, pos, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", key.cpu().numpy().astype(np.uint32), pos, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
+# Types besides tensors and plain values that a checkpoint may hold.
 # DeiT and MCTF save their argparse Namespace; under submitit DeiT's output_dir is a path, read here as a pure one,
 # which has no way to the disk. Python 3.13 pickles paths as pathlib._local.
-_ALLOWED: list[Any] = [
+_ALLOWED_TYPES: list[Any] = [
     argparse.Namespace,
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
     (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
@@ -65,13 +51,11 @@ _ALLOWED: list[Any] = [
 
 
 _RESUME_KEYS = ("model", "optimizer", "lr_scheduler", "epoch")
-
-
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before version 1.6
 
 
 def previous_path(path: str | Path) -> Path:
-    """Where the checkpoint before `path` is kept: checkpoint.pth -> checkpoint_prev.pth."""
+    """Return the path under which the checkpoint before `path` is kept: checkpoint.pth -> checkpoint_prev.pth."""
     path = Path(path)
     return path.with_name(f"{path.stem}_prev{path.suffix}")
 
@@ -84,20 +68,17 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any], keep_previous: b
     the disk is full or fails; the files from before are then unchanged.
     """
     path = Path(path)
-    with _replacing(path) as temporary:
-        _write_synced(temporary, lambda file: torch.save(dict(state), file))
-        if keep_previous and path.exists():
-            _rotate(temporary, path)
-        else:
-            os.replace(temporary, path)
+    rename = _rotate if keep_previous and path.exists() else os.replace
+    atomic_write(path, lambda file: torch.save(dict(state), file), rename)
 
 
 def _rotate(new: Path, path: Path) -> None:
     """Rename `new` over `path` and the old `path` over its previous file.
 
-    In this order the previous file is given up only when the new one is in place, even if `path` itself is torn.
+    In this order the previous file is given up only when the new one is in place, even if `path` itself is torn; the
+    link keeps the old `path` alive under a name of its own between the two renames.
     """
-    old = _temporary(path, "old.tmp")
+    old = temporary_path(path, "old.tmp")
     old.unlink(missing_ok=True)
     try:
         try:
@@ -135,9 +116,10 @@ def _is_url(path: str | Path) -> bool:
 
 
 def _download(url: str) -> Path:
-    """Path of a URL's file in torch's hub cache, downloaded if it is not there.
+    """Return the path of a URL's file in torch's hub cache; the file is downloaded if it is not there.
 
-    A name with a hash, as DeiT's, is kept, so that a cache filled elsewhere serves; others get the URL's hash.
+    A name with a hash in it, as DeiT's have, is kept, so that a cache filled elsewhere serves. Other names get the hash
+    of the URL, so that two files called checkpoint.pth are two files.
     """
     name = os.path.basename(urlparse(url).path) or "checkpoint.pth"
     if not re.search(r"-[0-9a-f]{8,}\.", name):
@@ -150,12 +132,12 @@ def _download(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(target), progress=sys.stderr.isatty() and is_main_process())
     except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
         hint = f"download it elsewhere and put it at {target}, or give a local file"
-        raise UserError(f"cannot download {url}: {_first_line(error)}; {hint}") from error
+        raise UserError(f"cannot download {url}: {first_line(error)}; {hint}") from error
     return target
 
 
 def _read_start(file: Path) -> bytes:
-    """First bytes of a file, after the checks that need no format."""
+    """Return the first bytes of a file, after the checks that need no format."""
     try:
         if file.is_dir():
             raise UserError(f"{file} is a folder, not a checkpoint; name the .pth file in it")
@@ -179,10 +161,10 @@ def _check_zip(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
-            # torch reads nothing for an entry that is marked as a folder and leaves its tensor uninitialised
+            # torch reads nothing for an entry that is marked as a folder, and leaves its tensor uninitialised
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
     except Exception as error:  # zipfile raises nearly any type on altered bytes
-        raise _damaged(file, _first_line(error)) from error
+        raise _damaged(file, first_line(error)) from error
     if bad is not None or folders:
         raise _damaged(file, f"wrong checksum of {bad}" if bad is not None else f"{folders[0]} is marked as a folder")
 
@@ -191,12 +173,12 @@ def _load_safetensors(file: Path, map_location: str | torch.device) -> dict[str,
     try:
         return load_file(file, device=str(map_location))
     except SafetensorError as error:
-        raise _damaged(file, _first_line(error)) from error
+        raise _damaged(file, first_line(error)) from error
 
 
 def _unpickle(file: Path, start: bytes, map_location: str | torch.device) -> Any:
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED_TYPES):
             warnings.simplefilter("ignore")  # of foreign files; the error below says it in one line
             return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # the unpickler raises nearly any type on foreign bytes
@@ -204,24 +186,23 @@ def _unpickle(file: Path, start: bytes, map_location: str | torch.device) -> Any
 
 
 def _unpickle_error(file: Path, start: bytes, error: Exception) -> UserError:
-    """Why torch refused: pickled code or objects (named), a damaged old file, or no checkpoint."""
-    named = re.search(r"GLOBAL ([\w.]*\w) ", str(error))
-    if named:
+    """Say why torch refused a file: it holds code or objects (named), is a damaged old file, or is no checkpoint."""
+    refused = re.search(r"GLOBAL ([\w.]*\w) ", str(error))  # the pickle instruction that names a class or function
+    if refused:
         rule = "only tensors and plain values are read, no code is run; save its state_dict() instead"
-        return UserError(f"checkpoint {file} holds the Python object {named[1]}; {rule}")
+        return UserError(f"checkpoint {file} holds the Python object {refused[1]}; {rule}")
     why = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or type(error).__name__
     if start.startswith(_LEGACY_START):
         return _damaged(file, why)
-    detail = f" ({why[:100]})" if start.startswith(b"PK") else ""  # of other kinds it tells about random bytes
+    detail = f" ({why[:100]})" if start.startswith(b"PK") else ""  # for other kinds it is about random bytes
     return DamagedCheckpoint(
         f"{file} is not a checkpoint that torch can read{detail}; give a .pth or .safetensors file"
     )
 
 
-def _newest_good(output_dir: str | Path | None) -> tuple[dict[str, Any], str] | tuple[None, None]:
-    """Newest whole checkpoint of a run, with one warning for a torn one; (None, None) if there is none."""
-    if not output_dir:
-        raise UserError("--resume auto looks into --output_dir, which is not given; add it")
+def _newest_whole(output_dir: str | Path | None) -> tuple[dict[str, Any], str] | tuple[None, None]:
+    """Load the newest whole checkpoint of a run, with one warning for a torn one; (None, None) if there is none."""
+    assert output_dir, "options refuses --resume auto without --output_dir"
     current = Path(output_dir).expanduser() / "checkpoint.pth"
     torn = ""
     for path in (current, previous_path(current)):
@@ -241,7 +222,7 @@ def _newest_good(output_dir: str | Path | None) -> tuple[dict[str, Any], str] | 
 
 
 def load_resume(resume: str | None, output_dir: str | Path | None) -> tuple[dict[str, Any], str] | None:
-    """State and path for --resume FILE, URL or auto; None for no --resume, or auto in a new folder.
+    """Load state and path for --resume FILE, URL or auto; None for no --resume, or for auto in a new folder.
 
     Rank 0 decides for all ranks, so that they never resume different files; all ranks must call it.
     """
@@ -250,7 +231,7 @@ def load_resume(resume: str | None, output_dir: str | Path | None) -> tuple[dict
     state, path, message = None, None, None
     if is_main_process():
         try:
-            state, path = _newest_good(output_dir) if resume == "auto" else (load_checkpoint(resume), resume)
+            state, path = _newest_whole(output_dir) if resume == "auto" else (load_checkpoint(resume), resume)
         except UserError as error:
             message = str(error)
     path, message = broadcast_object((path, message))
@@ -266,3 +247,34 @@ def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
     missing = [key for key in _RESUME_KEYS if key not in state]
     if missing:
         raise UserError(f"{path} cannot resume training: it has no {', '.join(missing)}; use --finetune {path}")
+
+
+# Random streams
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of the global random streams, in tensors and plain values that load without running code.
+
+    A CUDA stream is that of the current device; it is None if CUDA is not in use.
+    """
+    version, words, gauss = random.getstate()
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    inner = numpy_state["state"]
+    cached = [int(numpy_state["has_gauss"]), float(numpy_state["gauss"])]  # Gaussians are drawn in pairs
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [torch.from_numpy(inner["key"].astype(np.int64)), int(inner["pos"]), *cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what `rng_state` returned; a CUDA state is skipped where there is no CUDA."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    key, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", key.cpu().numpy().astype(np.uint32), pos, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

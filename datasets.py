@@ -1,8 +1,10 @@
 """Data sets, transforms, samplers and loaders.
 
-Shapes: B batch, H and W image. A *source* knows files and labels, an `ImageSet` adds decoding and transforms, a loader
-adds order. The order of an epoch is a function of (seed, epoch), the augmentation of a sample of (seed, epoch, position
-in that order): worker count, prefetching, resuming and world size do not change what is trained on.
+A *source* knows files and labels, an `ImageSet` adds decoding and transforms, a loader adds order. The order of an
+epoch is a function of (seed, epoch), the augmentation of a sample one of (seed, epoch, position in that order): worker
+count, prefetching, resuming and world size do not change what is trained on. Shapes: B batch, H and W image.
+
+A new data set is a function that opens its splits, and a row of `DATASETS`.
 """
 
 import fcntl
@@ -18,7 +20,7 @@ import socket
 import sys
 import tarfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +41,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from models.errors import UserError
 from utils import RunError, mix_seed
 
-# Defaults of main.py's arguments that a data set replaces.
+# defaults of main.py's arguments that a data set replaces
 RECIPES: dict[str, dict[str, Any]] = {
     "DIGITS": {
         "model": "deit_digits",
@@ -70,24 +72,6 @@ WORKER_GRACE = 60  # seconds a worker outlives SIGTERM
 
 MAX_ASPECT = 16  # longer images are cropped to this before resizing: 1 x 100000 would become gigabytes
 
-TREE = "{0}/train/CLASS/*.JPEG and {0}/val/CLASS/*.JPEG (--eval needs val only)"
-SOURCES = {
-    "IMNET": (TREE, "get ILSVRC2012 from image-net.org and sort val into its class folders"),
-    "IMAGENETTE": (TREE, "unpack imagenette2.tgz of github.com/fastai/imagenette"),
-    "FOLDER": (TREE, "one folder of images per class"),
-    "CIFAR10": ("{0}/cifar-10-batches-py/ (unpacked cifar-10-python.tar.gz)", "get it from cs.toronto.edu/~kriz"),
-    "CIFAR100": ("{0}/cifar-100-python/ (unpacked cifar-100-python.tar.gz)", "get it from cs.toronto.edu/~kriz"),
-    "FLOWERS102": (
-        "{0}/flowers-102/jpg/*.jpg, imagelabels.mat and setid.mat",
-        "get 102flowers.tgz and both files from robots.ox.ac.uk/~vgg/data/flowers/102",
-    ),
-    "WDS": (
-        "{0}/train*.tar and {0}/val*.tar, or a pattern like shards/{{split}}-*.tar",
-        "write them with webdataset's TarWriter (jpg and cls members)",
-    ),
-    "DIGITS": ("", ""),
-}
-
 
 class Source(Protocol):
     """Labelled images by index; `read` raises whatever the file system or a decoder raises."""
@@ -99,7 +83,7 @@ class Source(Protocol):
 
 
 class Splits(NamedTuple):
-    """Sources of a data set and its class names."""
+    """Sources of a data set and its class names; train is None where only an evaluation is asked for."""
 
     train: Source | None
     val: Source
@@ -134,7 +118,11 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
 
 
 class FileSource:
-    """Image files below a folder; names are kept in one array, for a list of a million strings is copied by workers."""
+    """Image files below a folder.
+
+    Their names are kept in one array: a list of a million strings would be copied into every worker, because counting
+    references to its items writes to the memory that forked processes share.
+    """
 
     def __init__(self, root: Path, files: list[str], labels: list[int]) -> None:
         self.root = root
@@ -178,21 +166,21 @@ class TarSource:
         rows = [(s, *row) for s, shard in enumerate(shards) for row in index_shard(shard)]
         self.shards = shards
         self.keys = np.array([os.fsencode(row[1]) for row in rows], dtype=np.bytes_)
-        self.places = np.array([(s, offset, size) for s, _, offset, size, _ in rows], dtype=np.int64).reshape(-1, 3)
+        self.spans = np.array([(s, offset, size) for s, _, offset, size, _ in rows], dtype=np.int64).reshape(-1, 3)
         self.labels = np.array([row[4] for row in rows], dtype=np.int64)
 
     def read(self, index: int) -> Image.Image:
-        shard, offset, size = self.places[index].tolist()
+        shard, offset, size = self.spans[index].tolist()
         with open(self.shards[shard], "rb") as stream:
             stream.seek(offset)
             return decode(io.BytesIO(stream.read(size)))
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self.places[index, 0]]}:{os.fsdecode(self.keys[index])}"
+        return f"{self.shards[self.spans[index, 0]]}:{os.fsdecode(self.keys[index])}"
 
 
 def index_shard(path: str) -> list[tuple[str, int, int, int]]:
-    """List (key, offset in bytes, size in bytes, label) of the samples of one webdataset shard.
+    """List (key, offset in bytes, size in bytes, label) for the samples of one webdataset shard.
 
     Members of one sample follow each other and share the name up to its first dot: an image (jpg, jpeg, png, ...) and
     `cls`, the label in digits. A torn or foreign shard raises UserError.
@@ -213,7 +201,7 @@ def index_shard(path: str) -> list[tuple[str, int, int, int]]:
 
 
 class Member(NamedTuple):
-    """A file in a tar: sample and extension it belongs to, place in bytes, content if it is a label."""
+    """A file in a tar: its sample and extension, where its bytes lie, and its content if it is a label."""
 
     key: str
     extension: str
@@ -244,18 +232,14 @@ def _tar_members(path: str) -> Iterator[Member]:
 
 
 def open_splits(args: Namespace, size: int) -> Splits:
-    """Open the sources of --dataset for images of `size` pixels; train is None with --eval."""
+    """Open the sources of --dataset for images of `size` pixels.
+
+    Raises:
+        UserError: data that is missing, with the tree that is expected, or odd.
+    """
     root = data_root(args)
     try:
-        if args.dataset == "DIGITS":
-            return _digits(size, args.eval)
-        if args.dataset == "WDS":
-            return _shards(str(root), args)
-        if not root.is_dir() and (root.exists() or args.dataset in ("IMNET", "IMAGENETTE", "FOLDER")):
-            raise missing_data(args, f"{root} is not a folder" if root.exists() else f"{root} does not exist")
-        if args.dataset in ("CIFAR10", "CIFAR100"):
-            return _cifar(args, root)
-        return _flowers(args, root) if args.dataset == "FLOWERS102" else _tree(args, root)
+        return DATASETS[args.dataset].open(args, root, size)
     except OSError as error:
         raise missing_data(args, f"{error.filename or root} cannot be read ({error.strerror or error})") from error
 
@@ -267,12 +251,17 @@ def data_root(args: Namespace) -> Path:
 
 def missing_data(args: Namespace, what: str) -> UserError:
     """Word what is wrong with the data, the tree that is expected and where to get it, in one line."""
-    tree, how = SOURCES[args.dataset]
-    expected = tree.format(data_root(args))
-    return UserError(f"data not found: {what}; expected {expected}; {how}, or --dataset DIGITS needs no files")
+    dataset = DATASETS[args.dataset]
+    expected = dataset.tree.format(data_root(args))
+    return UserError(f"data not found: {what}; expected {expected}; {dataset.get}, or --dataset DIGITS needs no files")
 
 
-def _digits(size: int, eval_only: bool) -> Splits:
+def _refuse_file(args: Namespace, root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise missing_data(args, f"{root} is not a folder")
+
+
+def _digits(args: Namespace, root: Path, size: int) -> Splits:
     """Split load_digits in a fixed, stratified way: every fifth image in order of class is for validation."""
     from sklearn.datasets import load_digits  # only this set needs scikit-learn
 
@@ -282,10 +271,11 @@ def _digits(size: int, eval_only: bool) -> Splits:
     chosen = np.zeros(len(order), dtype=bool)
     chosen[order[::5]] = True
     train, val = (ArraySource(images[m], digits.target[m], "DIGITS", size) for m in (~chosen, chosen))
-    return Splits(None if eval_only else train, val, tuple(str(i) for i in range(10)))
+    return Splits(None if args.eval else train, val, tuple(str(i) for i in range(10)))
 
 
-def _cifar(args: Namespace, root: Path) -> Splits:
+def _cifar(args: Namespace, root: Path, size: int) -> Splits:
+    _refuse_file(args, root)
     cls = tv.CIFAR10 if args.dataset == "CIFAR10" else tv.CIFAR100
     val = _fetch(args, cls, root, train=False)
     train = None if args.eval else _fetch(args, cls, root, train=True)
@@ -293,8 +283,9 @@ def _cifar(args: Namespace, root: Path) -> Splits:
     return Splits(train_source, ArraySource(val.data, val.targets, f"{args.dataset} val"), tuple(val.classes))
 
 
-def _flowers(args: Namespace, root: Path) -> Splits:
-    """Oxford flowers by the usual transfer protocol: trained on train + val (2040), evaluated on test (6149)."""
+def _flowers(args: Namespace, root: Path, size: int) -> Splits:
+    """Open Oxford's flowers by the usual transfer protocol: trained on train + val (2040), evaluated on test (6149)."""
+    _refuse_file(args, root)
 
     def source(*names: str) -> FileSource:  # reads files itself: torchvision would not say which one is bad
         parts = [_fetch(args, tv.Flowers102, root, split=name) for name in names]
@@ -308,7 +299,7 @@ def _fetch(args: Namespace, cls: type, root: Path, **split: Any) -> Any:
     """Open a torchvision set, downloading it if it is absent: one process at a time, giving up on a dead wire."""
     try:
         return cls(root, **split)
-    except RuntimeError:  # torchvision's word for absent or damaged
+    except RuntimeError:  # how torchvision says absent or damaged
         pass
     timeout = socket.getdefaulttimeout()
     try:
@@ -324,8 +315,11 @@ def _fetch(args: Namespace, cls: type, root: Path, **split: Any) -> Any:
         socket.setdefaulttimeout(timeout)
 
 
-def _tree(args: Namespace, root: Path) -> Splits:
+def _tree(args: Namespace, root: Path, size: int) -> Splits:
     """Read DATA/{train,val}/CLASS/*; the classes are ImageNet's 1000, or the folders of train, or else of val."""
+    _refuse_file(args, root)
+    if not root.exists():
+        raise missing_data(args, f"{root} does not exist")
     needed = ("val",) if args.eval else ("train", "val")
     for split in needed:
         if not (root / split).is_dir():
@@ -367,9 +361,9 @@ def _class_folders(folder: Path) -> list[str]:
 def _read_split(folder: Path, names: list[str], index: dict[str, int]) -> FileSource:
     files, labels = [], []
     for name in names:
-        found = [path[len(os.path.join(folder, "")) :] for path in _image_files(os.path.join(folder, name))]
-        files += found
-        labels += [index[name]] * len(found)
+        paths = [path[len(os.path.join(folder, "")) :] for path in _image_files(os.path.join(folder, name))]
+        files += paths
+        labels += [index[name]] * len(paths)
     return FileSource(folder, files, labels)
 
 
@@ -387,18 +381,19 @@ def _image_files(folder: str) -> Iterator[str]:
                 yield entry.path
 
 
-def _shards(pattern: str, args: Namespace) -> Splits:
+def _shards(args: Namespace, root: Path, size: int) -> Splits:
     """Open webdataset shards; the classes are the lines of classes.txt, the number in num_classes, or counted."""
+    pattern = str(root)
     if re.match(r"\w+:", pattern):
         raise UserError(f"WDS reads local shards, not {pattern}; copy them to a disk first")
-    found = {split: _find_shards(pattern, split, args) for split in ("train", "val")}
+    shards = {split: _find_shards(pattern, split, args) for split in ("train", "val")}
     for split in ("val",) if args.eval else ("train", "val"):
-        if not found[split]:
+        if not shards[split]:
             raise missing_data(args, f"no {split} shard in {pattern}")
     names = _wds_classes(Path(pattern.split("{")[0] + "x").parent if "{split}" in pattern else Path(pattern))
-    val = TarSource(found["val"])
+    val = TarSource(shards["val"])
     # without a list of classes an evaluation counts them as training would
-    train = TarSource(found["train"]) if found["train"] and not (args.eval and names) else None
+    train = TarSource(shards["train"]) if shards["train"] and not (args.eval and names) else None
     labels = np.concatenate([source.labels for source in (train, val) if source is not None])
     names = names or tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
     if (top := int(labels.max(initial=-1))) >= len(names):
@@ -413,11 +408,11 @@ def _find_shards(pattern: str, split: str, args: Namespace) -> list[str]:
         folder = glob.escape(pattern)
         return sorted(glob.glob(f"{folder}/{split}*.tar") + glob.glob(f"{folder}/{split}/*.tar"))
     names = expand_braces(pattern.replace("{split}", split))
-    found = [sorted(glob.glob(name)) for name in names]
-    if any(found) and not all(found):
-        missing = names[found.index([])]
+    matches = [sorted(glob.glob(name)) for name in names]
+    if any(matches) and not all(matches):
+        missing = names[matches.index([])]
         raise UserError(f"shard {missing} does not exist; fetch it, or write * for the number if the splits differ")
-    return [path for paths in found for path in paths]
+    return [path for paths in matches for path in paths]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -444,14 +439,50 @@ def _wds_classes(folder: Path) -> tuple[str, ...]:
     return ()
 
 
+class DatasetInfo(NamedTuple):
+    """How one data set is opened, and what a user who does not have it needs to know."""
+
+    open: Callable[[Namespace, Path, int], Splits]  # of the arguments, the folder of the data and the input size
+    tree: str = ""  # files that are expected; {0} is the folder
+    get: str = ""
+
+
+_TREE = "{0}/train/CLASS/*.JPEG and {0}/val/CLASS/*.JPEG (--eval needs val only)"
+DATASETS = {
+    "IMNET": DatasetInfo(_tree, _TREE, "get ILSVRC2012 from image-net.org and sort val into its class folders"),
+    "IMAGENETTE": DatasetInfo(_tree, _TREE, "unpack imagenette2.tgz of github.com/fastai/imagenette"),
+    "CIFAR10": DatasetInfo(
+        _cifar, "{0}/cifar-10-batches-py/ (unpacked cifar-10-python.tar.gz)", "get it from cs.toronto.edu/~kriz"
+    ),
+    "CIFAR100": DatasetInfo(
+        _cifar, "{0}/cifar-100-python/ (unpacked cifar-100-python.tar.gz)", "get it from cs.toronto.edu/~kriz"
+    ),
+    "FLOWERS102": DatasetInfo(
+        _flowers,
+        "{0}/flowers-102/jpg/*.jpg, imagelabels.mat and setid.mat",
+        "get 102flowers.tgz and both files from robots.ox.ac.uk/~vgg/data/flowers/102",
+    ),
+    "FOLDER": DatasetInfo(_tree, _TREE, "one folder of images per class"),
+    "WDS": DatasetInfo(
+        _shards,
+        "{0}/train*.tar and {0}/val*.tar, or a pattern like shards/{{split}}-*.tar",
+        "write them with webdataset's TarWriter (jpg and cls members)",
+    ),
+    "DIGITS": DatasetInfo(_digits),
+}
+
+
 # Samples and batches
 
 
 class Batch(NamedTuple):
-    """What a loader yields.
+    """The batches that a loader yields.
 
-    images (B,3,H,W) float32 normalised; targets (B,) int64; valid (B,) bool, False where an image of an evaluation set
-    was unreadable (zeros, to be counted as wrong); bad: names of the unreadable images met on the way.
+    Attributes:
+        images: (B,3,H,W) float32, normalised.
+        targets: (B,) int64.
+        valid: (B,) bool, False where an image of an evaluation set was unreadable (zeros, to be counted as wrong).
+        bad: names of the unreadable images met on the way.
     """
 
     images: Tensor
@@ -489,39 +520,44 @@ def unnormalise(images: Tensor, config: DataConfig) -> Tensor:
 class ImageSet(Dataset[Sample]):
     """Decoded and transformed images of a source.
 
-    Indexed by an int or by (int, seed): the transform draws from the seed alone and leaves the global streams as they
-    were. An unreadable image is replaced by the next readable one if `tries` > 1, else it is zeros with valid=False.
+    It is indexed by an int or by (int, seed): the transform draws from the seed alone and leaves the global streams as
+    they were. An unreadable image is replaced by the next readable one if `tries` > 1, else it is zeros, valid=False.
+
+    Args:
+        size: of the transformed images, in pixels.
+        indices: images of the source that the set consists of.
+        tries: images in a row that are tried.
     """
 
-    def __init__(self, source: Source, transform: T.Compose, size: int, keep: range, tries: int = 1) -> None:
-        self.source, self.transform, self.size, self.keep = source, transform, size, keep
-        self.tries = min(tries, len(keep))
-        self.targets = source.labels[keep.start : keep.stop : keep.step]
+    def __init__(self, source: Source, transform: T.Compose, size: int, indices: range, tries: int = 1) -> None:
+        self.source, self.transform, self.size, self.indices = source, transform, size, indices
+        self.tries = min(tries, len(indices))
+        self.targets = source.labels[indices.start : indices.stop : indices.step]
 
     def __len__(self) -> int:
-        return len(self.keep)
+        return len(self.indices)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, seed = key if isinstance(key, tuple) else (key, 0)
         bad: list[str] = []
-        for place in (i % len(self) for i in range(index, index + self.tries)):
-            image = self.read(place)
+        for candidate in (i % len(self) for i in range(index, index + self.tries)):
+            image = self.read(candidate)
             if image is not None:
                 with seeded(seed):
-                    return Sample(self.transform(image), int(self.targets[place]), True, tuple(bad))
-            bad.append(self.name(place))
+                    return Sample(self.transform(image), int(self.targets[candidate]), True, tuple(bad))
+            bad.append(self.name(candidate))
         return Sample(torch.zeros(3, self.size, self.size), int(self.targets[index]), False, tuple(bad))
 
     def read(self, index: int) -> Image.Image | None:
         """Decode an image to RGB without any transform; None if it is unreadable."""
         try:
-            return self.source.read(self.keep[index])
+            return self.source.read(self.indices[index])
         except Exception:  # decoders fed with arbitrary bytes raise anything: SyntaxError, struct.error, KeyError, ...
             return None
 
     def name(self, index: int) -> str:
-        """File name of an image, fit for one line of a log."""
-        return "".join(c if c.isprintable() else "?" for c in self.source.name(self.keep[index]))
+        """Return the file name of an image, fit for one line of a log."""
+        return "".join(c if c.isprintable() else "?" for c in self.source.name(self.indices[index]))
 
 
 @contextmanager
@@ -545,14 +581,16 @@ def seeded(seed: int) -> Iterator[None]:
 def build_transform(args: Namespace, config: DataConfig, train: bool, whole: bool = False) -> T.Compose:
     """Build DeiT's or DeiT-III's training transform, or that of evaluation.
 
-    `whole` keeps the whole image in view, shifted by up to half a pixel of an 8x8 digit. Inputs of 32 pixels and less
-    are whole too, shifted by up to 4 pixels as in DeiT.
+    Args:
+        whole: keep the whole image in view, shifted by up to half a pixel of an 8x8 digit. Inputs of 32 pixels and less
+            are whole too, shifted by up to 4 pixels as in DeiT.
+
+    Raises:
+        UserError: timm does not know an augmentation.
     """
     shift = math.ceil(config.input_size / 16) if whole else 4 if config.input_size <= 32 else None
     if not train:
         return _eval_transform(config, shift is not None)
-    if args.src and not args.three_augment:
-        raise UserError("--src does nothing without --three_augment; give both or neither")
     try:
         return _three_augment(args, config) if args.three_augment else _deit_transform(args, config, shift)
     except (AssertionError, KeyError, ValueError, IndexError) as error:
@@ -561,8 +599,6 @@ def build_transform(args: Namespace, config: DataConfig, train: bool, whole: boo
 
 
 def _eval_transform(config: DataConfig, whole: bool) -> T.Compose:
-    if not 0 < config.crop_pct <= 1:
-        raise UserError(f"--eval_crop_ratio must lie in (0, 1], it is {config.crop_pct}")
     size = config.input_size if whole else math.floor(config.input_size / config.crop_pct)
     resize = T.Resize(size, T.InterpolationMode(config.interpolation))
     return T.Compose([resize, T.CenterCrop(config.input_size), T.ToTensor(), T.Normalize(config.mean, config.std)])
@@ -590,7 +626,7 @@ def _deit_transform(args: Namespace, config: DataConfig, shift: int | None) -> T
 
 
 def _three_augment(args: Namespace, config: DataConfig) -> T.Compose:
-    """DeiT-III's 3-Augment (arXiv 2204.07118): crop, flip, one of gray / solarize / blur, colour jitter; no erasing."""
+    """Build DeiT-III's 3-Augment (arXiv 2204.07118): crop, flip, one of gray / solarize / blur, jitter; no erasing."""
     size = config.input_size
     if args.src:
         crop = [
@@ -625,47 +661,57 @@ class Data:
     notes: tuple[str, ...] = ()
 
 
+def with_own_normalisation(config: DataConfig, dataset: str) -> DataConfig:
+    """Return a model's preprocessing with the mean and std of a data set for which no weights are published."""
+    return replace(config, mean=DIGITS_MEAN, std=DIGITS_STD) if dataset == "DIGITS" else config
+
+
 def build_data(args: Namespace, config: DataConfig) -> Data:
-    """Open the data set of the command line; `train` is None with --eval. A missing or odd one raises UserError."""
-    if args.dataset not in SOURCES:
-        raise UserError(f"unknown --dataset {args.dataset}; choose one of {', '.join(SOURCES)}")
-    digits = args.dataset == "DIGITS"
-    if digits:
-        config = replace(config, mean=DIGITS_MEAN, std=DIGITS_STD)
+    """Open the data set of the command line; `train` is None with --eval.
+
+    Raises:
+        UserError: the data set is missing, odd or empty.
+    """
+    config, whole = with_own_normalisation(config, args.dataset), args.dataset == "DIGITS"
     splits = open_splits(args, config.input_size)
     train = None
     if splits.train is not None:
-        transform = build_transform(args, config, train=True, whole=digits)
-        keep = _keep(splits.train, args.limit, "train", args)
-        train = ImageSet(splits.train, transform, config.input_size, keep, MAX_TRIES)
-    transform = build_transform(args, config, train=False, whole=digits)
-    val = ImageSet(splits.val, transform, config.input_size, _keep(splits.val, args.limit, "val", args))
+        transform = build_transform(args, config, train=True, whole=whole)
+        indices = _limited(splits.train, "train", args)
+        train = ImageSet(splits.train, transform, config.input_size, indices, MAX_TRIES)
+    transform = build_transform(args, config, train=False, whole=whole)
+    val = ImageSet(splits.val, transform, config.input_size, _limited(splits.val, "val", args))
     names = splits.class_names
     return Data(train, val, len(names), names, args.dataset, config, splits.notes)
 
 
-def _keep(source: Source, limit: int | None, split: str, args: Namespace) -> range:
+def _limited(source: Source, split: str, args: Namespace) -> range:
+    """Every so-manieth image, so that at most --limit are left and all classes keep their share."""
     n = len(source.labels)
     if n == 0:
         raise missing_data(args, f"the {split} split of {data_root(args)} has no image")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, it is {limit}")
-    return range(0, n, math.ceil(n / limit) if limit else 1)
+    return range(0, n, math.ceil(n / args.limit) if args.limit else 1)
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (index, seed) of one rank, from one order of the whole epoch.
 
-    A global batch is `batch_size * accumulation * world` consecutive places of the order, its micro-step k is
-    `batch_size * world` consecutive ones of it, dealt to the ranks in turn. So n ranks x batch b x accumulation k see
-    what one process with a batch of n * b * k sees, and repeated copies go to different ranks as in DeiT's RASampler.
-    An incomplete last global batch is dropped; a set smaller than one is repeated to fill it.
+    A global batch is `batch_size * accumulation * world` consecutive positions of the order, its micro-step k is
+    `batch_size * world` consecutive ones of it, dealt to the ranks in turn. With 2 ranks, batches of 2, 2 micro-steps:
+
+        position   0 1 2 3 | 4 5 6 7 || 8 9 ...
+        rank       0 1 0 1 | 0 1 0 1 || 0 1 ...
+        micro-step    0    |    1    ||  next update
+
+    So n ranks x batch b x accumulation k see what one process with a batch of n * b * k sees, and repeated copies,
+    which follow each other in the order, go to different ranks as in DeiT's RASampler. An incomplete last global batch
+    is dropped; a set smaller than one is repeated to fill it.
     """
 
     def __init__(self, n: int, args: Namespace, rank: int, world: int) -> None:
         self.n, self.seed, self.repeats = n, args.seed, REPEATS if args.repeated_aug else 1
         self.batch_size, self.rank, self.world = args.batch_size, rank, world
-        self.length = n // 256 * 256 if args.repeated_aug and n >= 256 else n
+        self.length = n // 256 * 256 if args.repeated_aug and n >= 256 else n  # DeiT's RASampler rounds so
         micro_steps = args.accumulation_steps
         self.steps = max(1, self.length // (args.batch_size * micro_steps * world)) * micro_steps
         self.epoch = self.start = 0
@@ -685,8 +731,8 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
     def _batches(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
         order, width = self.order(epoch), self.batch_size * self.world
         for step in range(start, self.steps):
-            places = range(step * width + self.rank, (step + 1) * width, self.world)
-            yield [(int(order[place]), mix_seed(self.seed, epoch, place)) for place in places]
+            positions = range(step * width + self.rank, (step + 1) * width, self.world)
+            yield [(int(order[i]), mix_seed(self.seed, epoch, i)) for i in positions]
 
 
 class TrainLoader:
@@ -724,30 +770,22 @@ class EvalLoader:
 def build_train_loader(args: Namespace, data: Data, rank: int, world: int) -> TrainLoader:
     """Build the training loader; its length is a multiple of args.accumulation_steps."""
     assert data.train is not None, "a training loader needs a training set"
-    _check_sizes(args)
     batches = GlobalBatches(len(data.train), args, rank, world)
     return TrainLoader(batches, _loader(args, data.train, batches, persistent=True))
 
 
 def build_eval_loader(args: Namespace, dataset: ImageSet, rank: int, world: int) -> EvalLoader:
     """Build an evaluation loader, possibly of no batch at all for a rank of a tiny set."""
-    _check_sizes(args)
-    places = range(rank, len(dataset), world)
-    batches = [list(places[i : i + args.batch_size]) for i in range(0, len(places), args.batch_size)]
+    indices = range(rank, len(dataset), world)
+    batches = [list(indices[i : i + args.batch_size]) for i in range(0, len(indices), args.batch_size)]
     return EvalLoader(_loader(args, dataset, batches, persistent=False))
 
 
 def bad_image_limit(args: Namespace, data: Data) -> int:
-    """How many images may be unreadable: --max_bad_images, or 0.1 % of the set in use and at least 10."""
+    """Return how many images may be unreadable: --max_bad_images, or 0.1 % of the set in use and at least 10."""
     if args.max_bad_images is not None:
         return args.max_bad_images
     return max(10, len(data.val if data.train is None else data.train) // 1000)
-
-
-def _check_sizes(args: Namespace) -> None:
-    for name, least in (("batch_size", 1), ("accumulation_steps", 1), ("num_workers", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, it is {getattr(args, name)}")
 
 
 def _loader(args: Namespace, dataset: ImageSet, batches: Any, persistent: bool) -> DataLoader[Sample]:
@@ -778,7 +816,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def _init_worker(_: int) -> None:
-    """One thread per worker, and signals for the whole process group do not end it while the trainer still saves."""
+    """Give a worker one thread, and let it outlive signals to its process group while the trainer still saves."""
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

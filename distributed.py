@@ -1,4 +1,4 @@
-"""The processes of a run: what the launcher says of them, their devices, and what they tell each other."""
+"""The processes of a run: what the launcher says about them, their devices, and the collectives between them."""
 
 import dataclasses
 import os
@@ -6,19 +6,20 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch._dynamo
 import torch.distributed as c10d
 
 from models.errors import UserError
-from utils import RunError, T, _first_line, _joined, nearest
+from utils import RunError, first_line, is_initialized, nearest
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """This process's place among the processes of the run."""
+    """This process among the processes of the run: its device and its rank."""
 
     device: torch.device
     rank: int = 0
@@ -35,15 +36,15 @@ class Distributed:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Rank, processes and meeting point as the launcher's environment tells them."""
+class LaunchInfo:
+    """Rank, number of processes and meeting point, as the launcher's environment gives them."""
 
     rank: int = 0
     world: int = 1
     local_rank: int | None = None
     address: str = ""
     port: int = 0
-    bound_gpu: bool = False  # the launcher may show each process its own GPU only
+    bound_gpu: bool = False  # the launcher may show each process its own GPU only, which is then cuda:0
 
 
 def _env_int(name: str, default: int | None = None) -> int:
@@ -56,16 +57,16 @@ def _env_int(name: str, default: int | None = None) -> int:
     return int(value)
 
 
-def _torchrun_place() -> _Place:
+def _read_torchrun() -> LaunchInfo:
     rank, world = _env_int("RANK"), _env_int("WORLD_SIZE")
     if world < 1 or rank >= world:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world} contradict: RANK counts from 0 to WORLD_SIZE - 1")
     if world == 1:
-        return _Place()
+        return LaunchInfo()
     if not os.environ.get("MASTER_ADDR"):
         raise UserError(f"WORLD_SIZE={world} but MASTER_ADDR is not set; start the run with torchrun")
     local = _env_int("LOCAL_RANK") if "LOCAL_RANK" in os.environ else None
-    return _Place(rank, world, local, os.environ["MASTER_ADDR"], _env_int("MASTER_PORT"))
+    return LaunchInfo(rank, world, local, os.environ["MASTER_ADDR"], _env_int("MASTER_PORT"))
 
 
 def _slurm_address() -> str:
@@ -85,52 +86,61 @@ def _slurm_address() -> str:
 
 
 def _in_slurm_step() -> bool:
-    """True in a task of srun; an sbatch script's own shell has SLURM_PROCID=0 and SLURM_NTASKS too, but no step."""
+    """Tell a task of srun from an sbatch script's own shell.
+
+    The shell has SLURM_PROCID=0 and SLURM_NTASKS too, but no step; joining a group from there would wait for tasks that
+    do not exist.
+    """
     if "SLURM_PROCID" not in os.environ or _env_int("SLURM_NTASKS", 1) < 2:
         return False
     in_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
     return in_step or "SLURM_JOB_ID" not in os.environ
 
 
-def _slurm_place() -> _Place:
+def _read_slurm() -> LaunchInfo:
     rank, world = _env_int("SLURM_PROCID"), _env_int("SLURM_NTASKS")
     if rank >= world:
         raise UserError(f"SLURM_PROCID={rank} and SLURM_NTASKS={world} contradict; start the run with srun")
     port = _env_int("MASTER_PORT", 20000 + _env_int("SLURM_JOB_ID", 0) % 20000)
-    return _Place(rank, world, _env_int("SLURM_LOCALID"), _slurm_address(), port, bound_gpu=True)
+    return LaunchInfo(rank, world, _env_int("SLURM_LOCALID"), _slurm_address(), port, bound_gpu=True)
 
 
-def _find_place() -> _Place:
+def read_launcher() -> LaunchInfo:
+    """Read the environment that torchrun or srun made; without one there is a single process.
+
+    Raises:
+        UserError: variables that are missing or contradict each other.
+    """
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        return _torchrun_place()
-    return _slurm_place() if _in_slurm_step() else _Place()
+        return _read_torchrun()
+    return _read_slurm() if _in_slurm_step() else LaunchInfo()
 
 
-def _cuda_device(asked: torch.device, place: _Place) -> torch.device:
+def _cuda_device(asked: torch.device, launch: LaunchInfo) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError(f"--device {asked} but torch finds no CUDA GPU; use --device cpu or check the driver")
     count = torch.cuda.device_count()
-    if place.world > 1 and asked.index is not None:
-        raise UserError(f"--device {asked} names one GPU but there are {place.world} processes; use --device cuda")
+    if launch.world > 1 and asked.index is not None:
+        raise UserError(f"--device {asked} names one GPU but there are {launch.world} processes; use --device cuda")
     index = asked.index or 0
-    if place.world > 1:
-        local = place.rank % count if place.local_rank is None else place.local_rank
-        index = 0 if place.bound_gpu and count == 1 else local
+    if launch.world > 1:
+        local = launch.rank % count if launch.local_rank is None else launch.local_rank
+        index = 0 if launch.bound_gpu and count == 1 else local
     if index >= count:
         raise UserError(f"GPU {index} is wanted but this machine shows {count}; start one process per GPU")
     return torch.device("cuda", index)
 
 
-def _pick_device(name: str | None, place: _Place) -> torch.device:
+def _pick_device(name: str | None, launch: LaunchInfo) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (":" in name and not index.isdecimal()):
         raise UserError(nearest(name, ("cpu", "cuda", "cuda:N", "mps"), "--device"))
     if kind == "cuda":
-        return _cuda_device(torch.device(name), place)
-    if kind == "mps" and (place.world > 1 or not torch.backends.mps.is_available()):
-        why = "cannot be shared by several processes" if place.world > 1 else "is not available here"
+        return _cuda_device(torch.device(name), launch)
+    if kind == "mps" and (launch.world > 1 or not torch.backends.mps.is_available()):
+        why = "cannot be shared by several processes" if launch.world > 1 else "is not available here"
         raise UserError(f"--device mps {why}; use --device cpu")
     return torch.device(kind)
 
@@ -149,86 +159,101 @@ def _timeout() -> timedelta:
 def init_distributed(device: str | None = None) -> Distributed:
     """Join the run's other processes, as torchrun's or srun's environment tells, and pick this process's device.
 
-    `device` None means a GPU if there is one. NCCL on GPUs, gloo on CPUs; every wait ends after REGTOME_DIST_TIMEOUT
-    seconds (600). Raises UserError for a contradictory environment or device, RunError if the others do not come.
+    NCCL connects GPUs, gloo CPUs; every wait ends after REGTOME_DIST_TIMEOUT seconds (600).
+
+    Args:
+        device: None means a GPU if there is one.
+
+    Raises:
+        UserError: a contradictory environment or device.
+        RunError: the other processes do not come.
     """
-    place, timeout = _find_place(), _timeout()
-    chosen = _pick_device(device, place)
+    launch, timeout = read_launcher(), _timeout()
+    chosen = _pick_device(device, launch)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if place.world == 1:
+    if launch.world == 1:
         return Distributed(chosen)
-    meeting = f"tcp://{f'[{place.address}]' if ':' in place.address else place.address}:{place.port}"
-    with _peers(f"the start of process {place.rank} of {place.world} at {meeting}"):
+    meeting = f"tcp://{f'[{launch.address}]' if ':' in launch.address else launch.address}:{launch.port}"
+    with distributed_errors(f"the start of process {launch.rank} of {launch.world} at {meeting}"):
         c10d.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
             init_method=meeting,
-            rank=place.rank,
-            world_size=place.world,
+            rank=launch.rank,
+            world_size=launch.world,
             timeout=timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    return Distributed(chosen, place.rank, place.world, place.local_rank or 0)
+    return Distributed(chosen, launch.rank, launch.world, launch.local_rank or 0)
 
 
 def close_distributed() -> None:
     """Leave the process group, if there is one."""
-    if _joined():
+    if is_initialized():
         c10d.destroy_process_group()
 
 
 @contextmanager
-def _peers(what: str) -> Iterator[None]:
-    """Tell a lost or late process in one line."""
+def distributed_errors(what: str) -> Iterator[None]:
+    """Turn torch's error about a lost or late process into a RunError of one line."""
     try:
         yield
     except RuntimeError as error:
-        raise RunError(f"lost contact with the other processes in {what}: {_first_line(error)}") from error
+        raise RunError(f"lost contact with the other processes in {what}: {first_line(error)}") from error
 
 
-def _wire_device() -> torch.device:
-    """Device on which the process group's tensors must lie."""
+def collective_device() -> torch.device:
+    """Return the device on which tensors of the process group must lie."""
     return torch.device("cuda", torch.cuda.current_device()) if c10d.get_backend() == "nccl" else torch.device("cpu")
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of every rank's tensor, as a new tensor on the same device and without gradient."""
-    if not _joined():
+    """Sum every rank's tensor; returns a new tensor on the same device, without gradient."""
+    return _all_reduce(tensor, c10d.ReduceOp.SUM, "a sum")
+
+
+def max_over_ranks(value: int, dist: Distributed) -> int:
+    """Return the largest value of any rank; all ranks must call it."""
+    return int(_all_reduce(torch.tensor(value), c10d.ReduceOp.MAX, "a maximum")) if dist.distributed else value
+
+
+def _all_reduce(tensor: torch.Tensor, operation: Any, what: str) -> torch.Tensor:
+    if not is_initialized():
         return tensor.detach().clone()
-    total = tensor.detach().to(_wire_device(), copy=True)
-    with _peers("a sum"):
-        c10d.all_reduce(total)
-    return total.to(tensor.device)
+    result = tensor.detach().to(collective_device(), copy=True)
+    with distributed_errors(what):
+        c10d.all_reduce(result, operation)
+    return result.to(tensor.device)
 
 
 def any_rank(flag: bool, dist: Distributed) -> bool:
-    """True on every rank if the flag is set on any; all ranks must call it."""
+    """Tell every rank whether the flag is set on any; all ranks must call it."""
     if not dist.distributed:
         return bool(flag)
     return bool(all_reduce_sum(torch.tensor([int(flag)])).item())
 
 
 def gather_names(names: Sequence[str]) -> list[str]:
-    """Every rank's names in rank order, on every rank."""
-    if not _joined():
+    """Return every rank's names in rank order, on every rank."""
+    if not is_initialized():
         return list(names)
     parts: list[Any] = [None] * c10d.get_world_size()
-    with _peers("a gathering of names"):
+    with distributed_errors("a gathering of names"):
         c10d.all_gather_object(parts, list(names))
     return [name for part in parts for name in part]
 
 
 def broadcast_object(obj: T) -> T:
-    """Rank 0's picklable object, on every rank."""
-    if not _joined():
+    """Return rank 0's picklable object, on every rank."""
+    if not is_initialized():
         return obj
     box = [obj]
-    with _peers("a broadcast"):
-        c10d.broadcast_object_list(box, src=0, device=_wire_device())
+    with distributed_errors("a broadcast"):
+        c10d.broadcast_object_list(box, src=0, device=collective_device())
     return box[0]
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    if _joined():
-        all_reduce_sum(torch.zeros(1))
+    if is_initialized():
+        all_reduce_sum(torch.zeros(1))  # a sum tells a lost rank in one line and in bounded time, as elsewhere

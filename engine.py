@@ -1,6 +1,8 @@
 """Training and evaluation loops; they know losses, logits and schedules, and no method.
 
 The objective returns {"loss": scalar, part: detached scalar, ...}; a part's name is only ever a column of the log.
+An *update* is one step of the optimizer. It takes the gradients of `accumulation` micro-batches, and positions in an
+epoch are counted in micro-batches.
 """
 
 import re
@@ -10,32 +12,40 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Batch, EvalLoader, TrainLoader
-from distributed import Distributed, all_reduce_sum, any_rank, gather_names
+from distributed import Distributed, all_reduce_sum, any_rank, gather_names, max_over_ranks
 from models.errors import UserError
-from utils import Progress, RunError, StopSignal, compile_model, nearest, seed_all
+from utils import Progress, RunError, StopSignal, compile_model, log, seed_all
 
-Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # of timm, those that DeiT's flags describe
+class LossFn(Protocol):
+    """An objective: `parts = loss_fn(model, images, targets)`, of which parts["loss"] is differentiated.
+
+    Its state holds the random streams that it draws from, so that a step can be repeated and a run resumed.
+    """
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]: ...
+    def start_epoch(self, epoch: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Autocast of the forward and scaling of fp16 gradients; dtype None is full precision."""
+    """Autocast for the forward, and the scaler of fp16 gradients; dtype None is full precision."""
 
     device_type: str
     dtype: torch.dtype | None
@@ -47,36 +57,33 @@ class Precision:
 
 @dataclass
 class EpochLog:
-    """Sums over an epoch so far, equal on all ranks: what a resumed epoch goes on from."""
+    """Sums over an epoch so far, equal on all ranks (but for the seconds): what a resumed epoch goes on from."""
 
     samples: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
-    nonfinite: int = 0
+    nonfinite: int = 0  # skipped steps since the start of the run
+    seconds: float = 0.0
 
     def means(self) -> dict[str, float]:
-        """Mean of every part over the samples, in the order the objective gave them."""
+        """Mean of every part over the samples, in the order in which the objective gave them."""
         return {name: total / max(self.samples, 1) for name, total in self.sums.items()}
 
 
-class BadImages:
+class UnreadableImages:
     """Names of unreadable images, counted over all ranks; past the limit the run ends."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.names: set[str] = set()
 
-    def add(self, names: Sequence[str]) -> list[str]:
-        """Note names of any rank; returns the new ones."""
-        new = sorted(set(names) - self.names)
-        self.names |= set(new)
-        return new
-
-    def check(self, log: Callable[[str], None], new: Sequence[str]) -> None:
-        """Report new names.
+    def report(self, names: Sequence[str]) -> None:
+        """Count the names that any rank met, and print the new ones.
 
         Raises:
             RunError: more images than the limit are unreadable.
         """
+        new = sorted(set(names) - self.names)
+        self.names |= set(new)
         for name in new:
             log(f"unreadable image: {name} ({len(self.names)} so far, --max_bad_images {self.limit})")
         if len(self.names) > self.limit:
@@ -86,11 +93,38 @@ class BadImages:
             )
 
 
+@dataclass(frozen=True)
+class RunControl:
+    """What may end a run early, and how often it reports; its training and its evaluations share one.
+
+    Attributes:
+        stop: a signal's request, which the ranks exchange; None: nobody listens to signals.
+        unreadable: where unreadable images are counted; None: they are not reported.
+        max_nonfinite: steps that may be skipped before the run stops.
+        log_every: updates, or batches of an evaluation, between two lines of progress.
+    """
+
+    stop: StopSignal | None = None
+    unreadable: UnreadableImages | None = None
+    max_nonfinite: int = 10
+    log_every: int = 10
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.stop is not None and self.stop.requested is not None
+
+    def stop_with_others(self) -> None:
+        """Stop because a rank was asked to; the reason of a rank that was asked itself stays its own."""
+        if self.stop is not None:
+            self.stop.request("another rank")
+
+
 class SharpnessAware:
     """The perturbation of SAM (arXiv 2010.01412) and its adaptive form ASAM (arXiv 2102.11600).
 
-    The gradient is taken at w + e(w), e = rho * g / |g|, per rank on its own samples (m-sharpness); adaptive scales by
-    |w| elementwise. `ascend` moves the weights there, `restore` brings back the very bits from before.
+    The gradient of the update is taken at w + e(w), where e = rho * g / |g| is computed by each rank from its own
+    samples (m-sharpness). The adaptive form scales elementwise by |w|: e = rho * w^2 g / |w g|. `ascend` moves the
+    weights there; `restore` brings back the very bits from before, which subtracting e would not.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], rho: float, adaptive: bool) -> None:
@@ -100,7 +134,7 @@ class SharpnessAware:
 
     @torch.no_grad()
     def ascend(self, scale: float) -> None:
-        """Climb by the gradients at hand, which a scaler has multiplied by `scale`; then clear them."""
+        """Add e(w) to the weights (the gradients are divided by the loss scale first), then clear the gradients."""
         self.saved = [parameter.detach().clone() for parameter in self.parameters]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad / scale for p in self.parameters]
         weights = [p.abs() if self.adaptive else None for p in self.parameters]
@@ -115,19 +149,24 @@ class SharpnessAware:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Put the weights back to where they were before `ascend`."""
         for parameter, saved in zip(self.parameters, self.saved, strict=True):
             parameter.copy_(saved)
         self.saved = []
 
 
 @dataclass
-class Trainer:
-    """What a training step needs besides the data; `model` may be wrapped, `module` is the bare one."""
+class Learner:
+    """A model and all that changes with it in training: optimizer, schedule of the rate, loss scale, average.
+
+    `model` may be wrapped by DDP or compile; `module` is the bare one, whose parameters they share.
+    """
 
     model: nn.Module
     module: nn.Module
-    objective: Any
+    objective: LossFn
     optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
     precision: Precision
     dist: Distributed
     ema: ModelEmaV3 | None = None
@@ -137,10 +176,59 @@ class Trainer:
     accumulation: int = 1
     seed: int = 0
 
+    @property
+    def lr(self) -> float:
+        """The learning rate before the factors of single groups."""
+        return max(group["lr"] / group.get("lr_scale", 1.0) for group in self.optimizer.param_groups)
+
+    def set_lr(self, epoch: float) -> float:
+        """Set the learning rate of a position in the run, in epochs; returns it.
+
+        timm's schedules are smooth in the epoch, so they are stepped at fractions of it. Its own way to update every
+        step, `step_update(num_updates)`, needs schedules whose lengths are counted in updates. These differ in the last
+        digits, and a checkpoint made by epochs could not go on: its lengths are part of the schedule's state.
+        """
+        if not isinstance(self.scheduler, PlateauLRScheduler):
+            self.scheduler.step(epoch)  # type: ignore[arg-type]  # annotated as int
+        return self.lr
+
+    def end_epoch(self, epoch: int, accuracy: float) -> None:
+        """Tell the schedule that waits for a plateau the validation accuracy of an epoch."""
+        if isinstance(self.scheduler, PlateauLRScheduler):
+            self.scheduler.step(epoch + 1, accuracy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, under the names of DeiT's checkpoints."""
+        return {
+            "model": self.module.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": scheduler_state(self.scheduler),
+            "scaler": self.precision.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load all of `state_dict` but the model: its weights are loaded when it is built, as for finetuning.
+
+        Raises:
+            ValueError, KeyError: the state is of another optimizer or schedule.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        load_scheduler_state(self.scheduler, state["lr_scheduler"])
+        if self.ema is not None:  # a run that kept no average starts one from its weights
+            ema = state.get("model_ema")
+            self.ema.module.load_state_dict(state["model"] if ema is None else ema)
+        if state.get("scaler"):  # a run without fp16 has left none
+            self.precision.scaler.load_state_dict(state["scaler"])
+
     def gradients(self, group: Sequence[Batch], epoch: int, first: int, sync: bool = True) -> dict[str, Tensor]:
         """Accumulate the gradient of the mean loss over micro-batches; returns sums of parts over samples.
 
-        Random streams are set by the position, so a repeated or resumed step draws the same again.
+        The random streams are set from the position, so a repeated or resumed step draws the same again.
+
+        Args:
+            first: position in the epoch of the first micro-batch.
+            sync: average the gradients over the ranks, which DDP does in the last backward.
         """
         sums: dict[str, Tensor] = {}
         for offset, batch in enumerate(group):
@@ -177,11 +265,15 @@ class Trainer:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def step_gradients(self, group: Sequence[Batch], epoch: int, first: int) -> dict[str, Tensor]:
-        """The gradients of one update, at the perturbed weights where sharpness is asked for."""
+        """Compute the gradients of one update, at the perturbed weights where sharpness is asked for.
+
+        Returns:
+            Sums of the loss and its parts over samples, at the weights themselves.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         if self.sharpness is None:
             return self.gradients(group, epoch, first)
-        streams = self.objective.state_dict()
+        streams = self.objective.state_dict()  # the second pass must draw the same schedules as the first
         sums = self.gradients(group, epoch, first, sync=False)
         self.sharpness.ascend(self.precision.scaler.get_scale())
         self.objective.load_state_dict(streams)
@@ -190,7 +282,7 @@ class Trainer:
         return sums
 
     def update(self) -> None:
-        """Clip, step, and let the average follow."""
+        """Clip the gradients, step the optimizer, and let the average follow."""
         scaler = self.precision.scaler
         if self.clip_grad is not None:
             scaler.unscale_(self.optimizer)
@@ -201,7 +293,7 @@ class Trainer:
             self.ema.update(self.module)
 
     def gradients_finite(self) -> bool:
-        """Whether all gradients are numbers; fp16's scaler judges its own (an overflow is part of its search)."""
+        """Tell whether all gradients are finite; fp16's scaler looks itself (an overflow is part of its search)."""
         if self.precision.scaler.is_enabled():
             return True
         grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
@@ -209,26 +301,20 @@ class Trainer:
 
 
 def train_one_epoch(
-    trainer: Trainer,
+    learner: Learner,
     loader: TrainLoader,
+    control: RunControl,
     epoch: int,
     start: int = 0,
     *,
     epoch_log: EpochLog,
-    set_lr: Callable[[float], float],
-    stop: StopSignal,
-    bad: BadImages,
-    max_nonfinite: int,
-    log: Callable[[str], None],
-    log_every: int = 10,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> bool:
     """Train from micro-batch `start` to the end of an epoch, or until a stop is asked for on any rank.
 
     Args:
         epoch_log: sums that the steps add to.
-        set_lr: epoch as a fraction -> the learning rate, which it sets.
-        after_step: called with the micro-batches done after every update.
+        after_step: called after every update with the number of micro-batches done.
 
     Returns:
         True at the end of the epoch, False after a stop; all ranks decide together.
@@ -236,21 +322,21 @@ def train_one_epoch(
     Raises:
         RunError: too many non-finite steps or unreadable images.
     """
-    trainer.model.train()
-    k, done = trainer.accumulation, start
+    learner.model.train()
+    k, done, dist = learner.accumulation, start, learner.dist
     updates = grouped(loader.iterate(epoch, start), k)
-    progress = Progress(updates, len(loader) // k, f"epoch {epoch}", log_every, trainer.dist.is_main, start // k)
+    progress = Progress(updates, len(loader) // k, f"epoch {epoch}", control.log_every, dist.is_main, start // k)
     for group in progress:
-        rate = set_lr(epoch + done / len(loader))
-        sums = trainer.step_gradients(group, epoch, done)
+        lr = learner.set_lr(epoch + done / len(loader))
+        sums = learner.step_gradients(group, epoch, done)
         done += len(group)
-        finite, stopping = _share(trainer, group, sums, epoch_log, stop, bad, log)
+        finite, stopping = sync_step(learner, group, sums, epoch_log, control)
         if finite:
-            trainer.update()
+            learner.update()
         else:
-            _skip(trainer, epoch_log, max_nonfinite, epoch, done, log)
+            skip_step(learner, epoch_log, control.max_nonfinite, epoch, done)
         if progress.due:
-            progress.show(loss=epoch_log.means().get("loss", float("nan")), lr=rate)
+            progress.show(loss=epoch_log.means().get("loss", float("nan")), lr=lr)
         after_step(done)
         if stopping:
             return False
@@ -258,7 +344,7 @@ def train_one_epoch(
 
 
 def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Micro-batches of one update each."""
+    """Group consecutive micro-batches into updates; an incomplete last group is dropped."""
     group: list[Batch] = []
     for batch in batches:
         group.append(batch)
@@ -267,30 +353,36 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
             group = []
 
 
-def _share(
-    trainer: Trainer,
-    group: Sequence[Batch],
-    sums: Mapping[str, Tensor],
-    epoch_log: EpochLog,
-    stop: StopSignal,
-    bad: BadImages,
-    log: Callable[[str], None],
+def sync_step(
+    learner: Learner, group: Sequence[Batch], sums: Mapping[str, Tensor], epoch_log: EpochLog, control: RunControl
 ) -> tuple[bool, bool]:
-    """Exchange a step's sums and flags between ranks, once: is every rank's loss finite, and does any rank stop?
+    """Exchange a step's sums and flags between the ranks, and add the sums to the epoch's.
 
-    A rank acts on what was exchanged only: a signal that comes a moment later waits for the next step, or the ranks
-    would part ways.
+    Everything goes in one all-reduce of one vector,
+
+        [not finite, stop asked for, unreadable images met, samples, sum of each part ...]
+
+    because every further exchange would cost each step another wait for the slowest rank. A rank acts on the sums only,
+    never on its own flag: a signal that arrives a moment later waits for the next step. Otherwise one rank would leave
+    the loop while the others wait for it in the next gradient exchange. Names of unreadable images are gathered in a
+    second exchange, which all ranks enter because they have all seen the summed flag.
+
+    Returns:
+        Whether the loss and the gradients of all ranks are finite, and whether any rank is asked to stop.
+
+    Raises:
+        RunError: more images than the limit are unreadable.
     """
     names = [name for batch in group for name in batch.bad]
-    finite = bool(torch.isfinite(sums["loss"])) and trainer.gradients_finite()
-    flags = [not finite, bool(stop.requested), bool(names), sum(len(batch.images) for batch in group)]
+    finite = bool(torch.isfinite(sums["loss"])) and learner.gradients_finite()
+    flags = [not finite, control.stop_requested, bool(names), sum(len(batch.images) for batch in group)]
     device = sums["loss"].device
     packed = torch.cat((torch.tensor(flags, dtype=torch.double, device=device), torch.stack(list(sums.values()))))
-    nonfinite, stopping, has_bad, samples, *totals = all_reduce_sum(packed).tolist()
-    if has_bad:
-        bad.check(log, bad.add(gather_names(names)))
-    if stopping and not stop.requested:
-        stop.request("another rank")
+    nonfinite, stopping, any_unreadable, samples, *totals = all_reduce_sum(packed).tolist()
+    if any_unreadable and control.unreadable is not None:
+        control.unreadable.report(gather_names(names))
+    if stopping:
+        control.stop_with_others()
     if nonfinite:
         return False, bool(stopping)
     epoch_log.samples += samples
@@ -299,11 +391,16 @@ def _share(
     return True, bool(stopping)
 
 
-def _skip(trainer: Trainer, epoch_log: EpochLog, limit: int, epoch: int, done: int, log: Callable[[str], None]) -> None:
+def skip_step(learner: Learner, epoch_log: EpochLog, limit: int, epoch: int, done: int) -> None:
+    """Drop the gradients of a step that is not finite on some rank, and count it.
+
+    Raises:
+        RunError: more steps than the limit were skipped.
+    """
     epoch_log.nonfinite += 1
-    trainer.optimizer.zero_grad(set_to_none=True)
-    scaler = trainer.precision.scaler
-    if scaler.is_enabled():
+    learner.optimizer.zero_grad(set_to_none=True)
+    scaler = learner.precision.scaler
+    if scaler.is_enabled():  # its own update is skipped too, so that its search backs off here
         scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
     log(f"epoch {epoch}: loss or gradient is not finite after micro-batch {done}; step skipped ({epoch_log.nonfinite})")
     if epoch_log.nonfinite > limit:
@@ -334,30 +431,32 @@ def evaluate(
     dist: Distributed,
     *,
     agreement: bool = False,
-    bad: BadImages | None = None,
-    log: Callable[[str], None] = print,
     title: str = "eval",
-    log_every: int = 10,
-    stop: StopSignal | None = None,
+    control: RunControl | None = None,
 ) -> list[Scores] | None:
-    """Scores of several schedules in one pass over the data; every image counts once, whatever the number of ranks.
+    """Score several schedules in one pass over the data; every image counts once, whatever the number of ranks.
 
     Args:
         schedules: values of `model(images, r=...)`; None is the model's own.
         agreement: also compare with r = 0 of the same weights.
-        bad: where unreadable images are counted; each is a wrong answer.
-        stop: where given, ranks look together after every batch, and a stop on any of them returns None.
+        title: of the lines of progress.
+        control: unreadable images are reported to it, each is a wrong answer. Where it has a `stop`, the ranks look
+            together before every batch, and a stop on any of them returns None.
+
+    Raises:
+        RunError: too many unreadable images.
     """
+    control = control or RunControl()
     model.eval()
     # correct@1, correct@5, loss, agree, kl, per schedule; then images and readable images
     sums = torch.zeros(len(schedules), 5, dtype=torch.double, device=dist.device)
     counts = torch.zeros(2, dtype=torch.double, device=dist.device)
     names: list[str] = []
-    progress = Progress(loader, len(loader), title, log_every, dist.is_main)
-    batches, steps = iter(progress), _most(len(loader))
-    for _ in range(steps):
-        if stop is not None and any_rank(stop.requested is not None, dist):
-            stop.request("another rank")
+    progress = Progress(loader, len(loader), title, control.log_every, dist.is_main)
+    batches = iter(progress)
+    for _ in range(max_over_ranks(len(loader), dist)):  # all ranks take as many turns, or they would not stop together
+        if control.stop is not None and any_rank(control.stop_requested, dist):
+            control.stop_with_others()
             return None
         batch = next(batches, None)  # a rank may have one batch fewer than another
         if batch is None:
@@ -374,18 +473,13 @@ def evaluate(
             progress.show(acc1=100 * float(sums[0, 0]) / max(float(counts[0]), 1))
     sums, counts = all_reduce_sum(sums), all_reduce_sum(counts)
     names = gather_names(names)
-    if bad is not None and names:
-        bad.check(log, bad.add(names))
+    if control.unreadable is not None and names:
+        control.unreadable.report(names)
     return [_scores(row, counts, agreement) for row in sums]
 
 
-def _most(length: int) -> int:
-    """The largest number of batches of any rank."""
-    return max(map(int, gather_names([str(length)])))
-
-
 def _score(logits: Tensor, targets: Tensor, valid: Tensor, dense: Tensor | None) -> Tensor:
-    """Sums over the readable images of a batch: correct@1, correct@5, loss, agree, kl."""
+    """Sum correct@1, correct@5, loss, agree and kl over the readable images of a batch."""
     logits, targets = logits[valid].double(), targets[valid]
     if not len(logits):
         return torch.zeros(5, dtype=torch.double, device=logits.device)
@@ -417,10 +511,12 @@ def _scores(row: Tensor, counts: Tensor, agreement: bool) -> Scores:
 def throughput(
     runs: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, precision: Precision, seconds: float = 20.0
 ) -> dict[str, dict[str, float]]:
-    """Images per second of several models on the same images, in interleaved rounds: ratios survive a noisy machine.
+    """Measure images per second of several models on the same images.
+
+    The models take turns in interleaved rounds, so that their ratios survive a noisy machine.
 
     Args:
-        runs: name -> forward.
+        runs: forward by name.
         images: (B,3,H,W) on the device.
         seconds: time to spend in all; at least 5 rounds, at most 100, are run after a warm-up round.
 
@@ -445,7 +541,7 @@ def throughput(
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Time of one call, a GPU's work included."""
+    """Measure the seconds of one call, a GPU's work included."""
     _synchronize(device)
     began = clock()
     call()
@@ -459,7 +555,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def quartiles(values: np.ndarray) -> dict[str, float]:
-    """Median, q25 and q75."""
+    """Return the median and both quartiles under the names median, q25 and q75."""
     q25, median, q75 = np.percentile(values, (25, 50, 75))
     return {"median": float(median), "q25": float(q25), "q75": float(q75)}
 
@@ -468,22 +564,26 @@ def quartiles(values: np.ndarray) -> dict[str, float]:
 
 
 def build_precision(args: Namespace, device: torch.device) -> Precision:
-    """--amp, by default bf16 on a GPU and full precision on a CPU."""
+    """Build what --amp asks for, by default bf16 on a GPU and full precision on a CPU."""
     name = args.amp or ("bf16" if device.type == "cuda" else "none")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[name]
     return Precision(device.type, dtype, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
 
 
-def build_trainer(
+def build_learner(
     args: Namespace,
     dist: Distributed,
     module: nn.Module,
     groups: list[dict[str, Any]],
-    objective: Any,
+    objective: LossFn,
     precision: Precision,
     mixup: Mixup | None,
-) -> Trainer:
-    """Wrap the model as asked, and make its optimizer and average."""
+) -> Learner:
+    """Wrap the model as asked, and make its optimizer, schedule and average.
+
+    Args:
+        groups: parameters with their weight decay and factors on the rate (`models.parameters.parameter_groups`).
+    """
     module.set_grad_checkpointing(args.grad_checkpointing)  # type: ignore[operator]
     ema = ModelEmaV3(module, decay=args.model_ema_decay) if args.model_ema else None
     model: nn.Module = compile_model(module) if args.compile else module
@@ -492,11 +592,12 @@ def build_trainer(
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     optimizer = build_optimizer(args, groups, dist.world)
     sharpness = SharpnessAware(module.parameters(), args.sam_rho, args.sam_adaptive) if args.sam_rho else None
-    return Trainer(
+    return Learner(
         model=model,
         module=module,
         objective=objective,
         optimizer=optimizer,
+        scheduler=build_scheduler(args, optimizer),
         precision=precision,
         dist=dist,
         ema=ema,
@@ -509,12 +610,13 @@ def build_trainer(
 
 
 def build_optimizer(args: Namespace, groups: list[dict[str, Any]], world: int) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; lr is scaled by the global batch / 512 as in DeiT."""
+    """Build timm's optimizer of that name; lr is scaled by the global batch / 512 as in DeiT.
+
+    Raises:
+        UserError: timm cannot make it, for instance because a library is missing.
+    """
     factor = 1.0 if args.unscale_lr else args.batch_size * args.accumulation_steps * world / 512
     options = {"eps": args.opt_eps, "betas": args.opt_betas}
-    names = [name for name in list_optimizers() if not get_optimizer_info(name).second_order]
-    if args.opt.lower().removeprefix("lookahead_") not in names:
-        raise UserError(nearest(args.opt, names, "--opt"))
     try:
         return create_optimizer_v2(
             groups,
@@ -528,10 +630,8 @@ def build_optimizer(args: Namespace, groups: list[dict[str, Any]], world: int) -
         raise UserError(f"--opt {args.opt} cannot be made: {error}") from error
 
 
-def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> tuple[Scheduler, int]:
-    """timm's schedule over epochs (taken at fractions of them), and the number of epochs with the cooldown."""
-    if args.sched not in SCHEDULES:
-        raise UserError(nearest(args.sched, SCHEDULES, "--sched"))
+def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
+    """Build timm's schedule over epochs; `Learner.set_lr` takes it at fractions of them."""
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -544,18 +644,19 @@ def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> tuple[
         warmup_epochs=args.warmup_epochs,
         cooldown_epochs=args.cooldown_epochs,
     )
-    assert scheduler is not None  # only for names that are not ours
-    return scheduler, args.epochs + args.cooldown_epochs
+    assert scheduler is not None  # only for names that options refuses
+    return scheduler
 
 
 def scheduler_state(scheduler: Scheduler) -> dict[str, Any]:
-    """All that a schedule remembers: timm's plateau leaves out the counters of the schedule that it wraps."""
-    inner = scheduler.lr_scheduler if type(scheduler).__name__ == "PlateauLRScheduler" else None
-    return scheduler.state_dict() | ({} if inner is None else {"inner": inner.state_dict()})
+    """Return all that a schedule remembers; timm's plateau leaves out the counters of the schedule that it wraps."""
+    if not isinstance(scheduler, PlateauLRScheduler):
+        return scheduler.state_dict()
+    return {**scheduler.state_dict(), "inner": scheduler.lr_scheduler.state_dict()}
 
 
 def load_scheduler_state(scheduler: Scheduler, state: Mapping[str, Any]) -> None:
-    """The inverse of `scheduler_state`; states of DeiT and timm have no "inner"."""
+    """Load what `scheduler_state` returned; states of DeiT and timm have no "inner"."""
     state = dict(state)
     inner = state.pop("inner", None)
     scheduler.load_state_dict(state)

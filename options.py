@@ -18,13 +18,15 @@ import timm
 import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
-from datasets import RECIPES, SOURCES
+from datasets import DATASETS, RECIPES
 from distributed import close_distributed
-from models import UserError
+from losses import mixes_images
+from models import MergeConfig, UserError
 from models.methods import METHODS, POOLINGS, all_knobs, methods_with
 from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import TRAIN_ONLY
 from models.registry import NAMES
+from models.schedule import parse_schedule
 from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest
 
 DESCRIPTION = """\
@@ -156,7 +158,7 @@ def _general_flags(parser: Parser) -> None:
 
 def _data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", "--data_set", default="IMNET", metavar="NAME", help=", ".join(SOURCES))
+    group.add_argument("--dataset", "--data_set", default="IMNET", metavar="NAME", help=", ".join(DATASETS))
     group.add_argument("--data_path", help="folder of the data (default: data/<dataset>); WDS: shard patterns")
     group.add_argument("--input_size", type=Number(int, 1, 4096), help="pixels (default: the model's)")
     group.add_argument(
@@ -410,18 +412,39 @@ def _config_tokens(name: str, value: Any, several: bool) -> list[str]:
     return [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
+def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> MergeConfig:
+    """Return the merging that the command line asks for, or a checkpoint's where it asks for nothing.
+
+    Args:
+        stored: `MergeConfig.as_dict()` of a checkpoint.
+    """
+    given = {name: getattr(args, name) for name in all_knobs() if getattr(args, name) is not None}
+    if args.activate_layer is not None:
+        given["activate_layers"] = args.activate_layer
+    asks = args.merge is not None or args.r is not None or bool(given)
+    if stored is not None and not asks and not (stored["method"] == "none" and args.r_evals):
+        return MergeConfig.from_dict(stored)
+    evaluated = [r for r in args.r_evals or () if parse_schedule(r) != 0]
+    method = args.merge or ("tome" if args.r is not None or evaluated else "none")
+    if method != "none" and args.r is None and not args.r_evals:
+        raise UserError(f"--merge {method} merges nothing without an amount; give --r, for instance --r 16")
+    r = args.r if args.r is not None else evaluated[0] if evaluated and method != "none" else 0
+    return MergeConfig(method=method, r=r, **given)
+
+
 # Rules between flags
 
 
 def check_rules(args: Namespace) -> None:
     """Refuse options that contradict each other or do nothing, as far as they alone tell, before anything is built.
 
-    What depends on weights or data is refused where these are built: the schedule by `MergeConfig` and the model,
-    --r_warmup_epochs and --full_weight without merging by `losses.build_objective`, --train_only and --register_lr_mult
-    without registers by `models.parameters`, class counts by `build.build_model` and `build.build_teacher`.
+    What depends on weights or data is refused where these are built: a schedule that does not fit the model by the
+    model, --r_warmup_epochs and --full_weight without merging by `losses.build_objective`, --train_only and
+    --register_lr_mult without registers by `models.parameters`, class counts by `build_model` and `build_teacher`.
     """
-    if args.dataset not in SOURCES:
-        raise UserError(nearest(args.dataset, SOURCES, "--dataset"))
+    if args.dataset not in DATASETS:
+        raise UserError(nearest(args.dataset, DATASETS, "--dataset"))
+    merge_config(args)  # settings that the method does not have, an r in none of its forms, a method without r
     if args.eval_crop_ratio == 0:
         raise UserError(f"--eval_crop_ratio must lie in (0, 1], it is {args.eval_crop_ratio}")
     if args.log_images and (args.eval or not args.output_dir):
@@ -451,8 +474,7 @@ def _check_evaluation_flags(args: Namespace) -> None:
 def _check_augmentation(args: Namespace) -> None:
     if args.src and not args.three_augment:
         raise UserError("--src does nothing without --three_augment; give both or neither")
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixes and args.batch_size % 2:  # timm mixes an image with its mirror position in the batch
+    if mixes_images(args) and args.batch_size % 2:  # timm mixes an image with its mirror position in the batch
         raise UserError(f"mixup and cutmix need an even --batch_size, not {args.batch_size}; or --mixup 0 --cutmix 0")
     if args.bce_loss and args.smoothing:
         raise UserError("--bce_loss trains on hard 0/1 targets, which smoothing contradicts; add --smoothing 0")

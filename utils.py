@@ -1,4 +1,7 @@
-"""Distributed helpers, stop signals, checkpoints, run metadata and logging; knows no model and no method."""
+"""Errors, seeds, stop signals, files, run metadata and logging: what every other module may build on.
+
+This module imports nothing of the program but `models.errors`, and knows no model and no method.
+"""
 
 import argparse
 import dataclasses
@@ -17,7 +20,6 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -40,16 +42,16 @@ STOP_MARKER = "stopped.json"
 
 
 class RunError(RuntimeError):
-    """A run that must stop while running; the message is one line, the exit status 1."""
+    """A run that cannot go on; the message is one line, the exit status 1."""
 
 
-def _first_line(error: BaseException) -> str:
-    """First line of an error's text, or its type's name."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def nearest(name: str, choices: Iterable[str], kind: str = "name") -> str:
-    """One line for an unknown name, with the closest of the choices and all of them."""
+    """Word an unknown name in one line, with the closest of the choices and all of them."""
     options = [str(choice) for choice in choices]
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
@@ -73,16 +75,17 @@ def seed_all(*ints: int) -> None:
     torch.manual_seed(seed)
 
 
-# Distributed
+# Ranks
 
 
-def _joined() -> bool:
+def is_initialized() -> bool:
+    """Tell whether this process belongs to a process group."""
     return c10d.is_available() and c10d.is_initialized()
 
 
 def is_main_process() -> bool:
-    """True on rank 0, also before `init_distributed` in a process that a launcher has numbered."""
-    if _joined():
+    """Tell whether this is rank 0, also before `init_distributed` in a process that a launcher has numbered."""
+    if is_initialized():
         return c10d.get_rank() == 0
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
@@ -124,12 +127,12 @@ class StopSignal:
         self.request(signal.Signals(number).name)
 
     def request(self, name: str) -> None:
-        """Ask for a stop by hand, as a launcher's callback does; the first request stays."""
+        """Ask for a stop by hand, as a launcher's callback does; the name of the first request stays."""
         self.requested = self.requested or name
 
     @property
     def status(self) -> int:
-        """Exit status of a stopped run: 130 after Ctrl-C, else 75, also where another rank got the signal."""
+        """The exit status of a stopped run: 130 after Ctrl-C, else 75, also where another rank got the signal."""
         return INTERRUPTED_STATUS if self.requested == "SIGINT" else RESUMABLE_STATUS
 
 
@@ -149,8 +152,9 @@ def clear_stop_marker(output_dir: str | Path | None) -> None:
 # Files
 
 
-def _temporary(path: Path, end: str = "tmp") -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.{end}")
+def temporary_path(path: Path, suffix: str = "tmp") -> Path:
+    """Return a path beside `path` that no other process uses; `setup_output` sweeps up those that a kill left."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{suffix}")
 
 
 def _open_new(path: Path) -> BinaryIO:
@@ -179,22 +183,35 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _write_failure(error: Exception) -> str | None:
-    """What went wrong with a write; None if the error is about something else."""
-    if isinstance(error, OSError):
-        return error.strerror or _first_line(error)
-    causes = (error.__cause__, error.__context__)
-    for cause in causes:
+    """Say why a write failed; None if the error is about something else.
+
+    torch.save reports a full disk as a RuntimeError of its own, sometimes with the OSError behind it.
+    """
+    for cause in (error, error.__cause__, error.__context__):
         if isinstance(cause, OSError):
-            return cause.strerror or _first_line(cause)
-    return _first_line(error) if re.search(r"Pytorch(Stream|File)Writer|file write failed", str(error)) else None
+            return cause.strerror or first_line(cause)
+    return first_line(error) if re.search(r"Pytorch(Stream|File)Writer|file write failed", str(error)) else None
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it is removed at the end, and a failed write becomes a RunError."""
-    temporary = _temporary(path)
+def atomic_write(
+    path: Path, write: Callable[[BinaryIO], object], rename: Callable[[Path, Path], object] | None = None
+) -> None:
+    """Write a file so that at every instant a reader, or a machine that lost power, finds the old file or the new one.
+
+    The content is written to a temporary file, which is synced before it is renamed (otherwise the new name could
+    survive a crash without the content), then the folder is synced, which makes the rename itself durable.
+
+    Args:
+        write: called with the open temporary file.
+        rename: called with the temporary path and `path` in place of os.replace.
+
+    Raises:
+        RunError: the disk is full or fails; the old file is unchanged.
+    """
+    temporary = temporary_path(path)
     try:
-        yield temporary
+        _write_synced(temporary, write)
+        (rename or os.replace)(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         reason = _write_failure(error)
@@ -207,18 +224,15 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write an object as JSON so that a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    text = json.dumps(to_plain(obj), indent=2) + "\n"
-    with _replacing(path) as temporary:
-        _write_synced(temporary, lambda file: file.write(text.encode()))
-        os.replace(temporary, path)
+    text = json.dumps(to_jsonable(obj), indent=2) + "\n"
+    atomic_write(Path(path), lambda file: file.write(text.encode()))
 
 
 def append_json_line(path: str | Path, obj: Any) -> None:
     """Append an object as one line of JSON; a full disk raises RunError."""
     try:
         with open(path, "ab") as file:
-            file.write(json.dumps(to_plain(obj)).encode() + b"\n")
+            file.write(json.dumps(to_jsonable(obj)).encode() + b"\n")
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from error
 
@@ -230,13 +244,11 @@ def truncate_log(path: str | Path, epoch: int) -> None:
         return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = b"".join(line for line in lines if _logged_epoch(line) < epoch)
-    with _replacing(path) as temporary:
-        _write_synced(temporary, lambda file: file.write(kept))
-        os.replace(temporary, path)
+    atomic_write(path, lambda file: file.write(kept))
 
 
 def _logged_epoch(line: bytes) -> float:
-    """Epoch of a line of the log; infinite for a line that is torn or tells none."""
+    """Return the epoch of a line of the log; infinity for a line that is torn or tells none."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -244,31 +256,28 @@ def _logged_epoch(line: bytes) -> float:
     return entry.get("epoch", math.inf) if isinstance(entry, dict) else math.inf
 
 
-def to_plain(obj: Any) -> Any:
+def to_jsonable(obj: Any) -> Any:
     """Turn args, a dataclass or a nest of them into dicts, lists, str, int, float, bool and None."""
     if obj is None or (isinstance(obj, (bool, int, float, str)) and type(obj).__module__ == "builtins"):
         return obj
     if isinstance(obj, argparse.Namespace):
-        return to_plain(vars(obj))
+        return to_jsonable(vars(obj))
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {field.name: to_plain(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
+        return {field.name: to_jsonable(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
     if isinstance(obj, Mapping):
-        return {str(key): to_plain(value) for key, value in obj.items()}
+        return {str(key): to_jsonable(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple, set, frozenset)):
-        return [to_plain(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)]
+        return [to_jsonable(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)]
     if isinstance(obj, (torch.Tensor, np.ndarray, np.generic)):
         return obj.tolist()
     return str(obj)
-
-
-# Checkpoints
 
 
 # Run metadata
 
 
 def compile_model(module: torch.nn.Module, **options: Any) -> Any:
-    """torch.compile, with room for a graph per schedule.
+    """Compile a module as torch.compile does, with room for a graph per schedule.
 
     After 8 graphs of one forward the compiler goes back to eager with no more than a warning, and an evaluation of many
     schedules, training with random ones, or a benchmark of many models needs more.
@@ -280,14 +289,14 @@ def compile_model(module: torch.nn.Module, **options: Any) -> Any:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the libraries that numbers depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    """Return the versions of Python and of the libraries that numbers depend on."""
+    result: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("torchvision", "timm", "numpy"):
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            result[name] = None
+    return result
 
 
 def _git(*command: str) -> str | None:
@@ -300,7 +309,7 @@ def _git(*command: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """Short commit hash of this project, '-dirty' with uncommitted changes; None outside its own repository."""
+    """Return this project's short commit hash, with '-dirty' for uncommitted changes; None outside its repository."""
     top = _git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != Path(__file__).resolve().parent:  # unpacked inside another repository
         return None
@@ -324,7 +333,7 @@ def setup_output(output_dir: str | Path | None, is_main: bool) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.pth.*.tmp"):  # of a save that was killed
             stale.unlink(missing_ok=True)
-        probe = _temporary(folder / "probe")
+        probe = temporary_path(folder / "probe")
         probe.touch()
         probe.unlink()
     except (FileExistsError, NotADirectoryError) as error:
@@ -390,7 +399,7 @@ class Progress(Iterable[T]):
 
 
 def tensorboard(output_dir: str | Path | None, is_main: bool, purge_step: int | None = None) -> SummaryWriter:
-    """Writer of tensorboard events on rank 0, elsewhere one that writes nothing.
+    """Return a writer of tensorboard events on rank 0, and elsewhere one that writes nothing.
 
     A resumed run's `purge_step` hides the steps from there on that the stopped run had written.
     """
@@ -400,11 +409,11 @@ def tensorboard(output_dir: str | Path | None, is_main: bool, purge_step: int | 
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, markdown: bool = True) -> str:
-    """A table of texts, aligned so that it reads as text too; columns in which every row is empty are left out.
+    """Format a table of texts, aligned so that it reads as text too; columns that are empty in every row are left out.
 
     Args:
-        left: the first columns, which are aligned left; the others hold numbers and are aligned right.
-        markdown: with bars and a rule under the headers; else plain columns.
+        left: number of columns, from the first, that are aligned left; the others hold numbers and are aligned right.
+        markdown: draw bars, and a rule under the headers; else plain columns.
     """
     columns = [column for column in zip(headers, *rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]

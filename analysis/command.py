@@ -39,7 +39,7 @@ from models import MergingViT, UserError
 from models.gmacs import gmacs
 from models.schedule import format_schedule
 from options import Parser, parse_args
-from utils import Progress, git_revision, log, seed_all, to_plain, versions, write_json
+from utils import Progress, git_revision, log, seed_all, to_jsonable, versions, write_json
 
 # options of main.py that mean something to an instrument; any other one would do nothing and is refused
 MEANINGFUL = frozenset(
@@ -202,7 +202,7 @@ class Images:
         self.loaded, self.title = loaded, title or loaded.label
         self.set = image_set(own, loaded, split)
         if limit is not None and limit < len(self.set):
-            keep = self.set.keep
+            keep = self.set.indices
             keep = range(keep.start, keep.stop, keep.step * math.ceil(len(keep) / limit))
             self.set = ImageSet(self.set.source, self.set.transform, self.set.size, keep)
 
@@ -243,7 +243,7 @@ def image_set(own: Namespace, loaded: Loaded, split: str = "val") -> ImageSet:
         data = build_data(both, config)
         chosen = data.val if split == "val" else data.train
         assert chosen is not None
-        return ImageSet(chosen.source, data.val.transform, config.input_size, chosen.keep)
+        return ImageSet(chosen.source, data.val.transform, config.input_size, chosen.indices)
     files = find_images(folder)
     source = FileSource(folder, files, [0] * len(files))
     step = math.ceil(len(files) / args.limit) if args.limit else 1
@@ -281,7 +281,7 @@ class Output:
 
     def json(self, name: str, content: dict[str, Any]) -> None:
         """Write NAME.json: `content` and, under "run", the command, versions, models."""
-        write_json(self.folder / f"{name}.json", _finite(to_plain({**content, "run": self.run})))
+        write_json(self.folder / f"{name}.json", _finite(to_jsonable({**content, "run": self.run})))
         self._say(f"{name}.json")
 
     def npz(self, name: str, arrays: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from models.gmacs import gmacs
 from models.methods import variants
 from models.registry import data_settings
 from models.weights import extract_state_dict, load_weights
-from utils import log, table, write_json
+from utils import table, write_json
 
 # The rows that the published code was measured on, and what is published of later methods
 MEASURED: dict[str, MergeConfig] = {
@@ -93,7 +93,7 @@ def measure(args: Namespace) -> list[dict[str, Any]]:
     variants = Variants(model, configs).to(dist.device)
     loader = build_eval_loader(main_args, data.val, 0, 1)
     precision = build_precision(main_args, dist.device)
-    scores = evaluate(variants, loader, list(configs), precision, dist, agreement=True, log=log, title="methods")
+    scores = evaluate(variants, loader, list(configs), precision, dist, agreement=True, title="methods")
     assert scores is not None
     return [
         {

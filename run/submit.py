@@ -278,10 +278,9 @@ def complete(main_argv: Sequence[str], args: Namespace) -> tuple[list[str], Name
 
 def check_run(main_args: Namespace, skip_data: bool = False) -> None:
     """Raise UserError for a model, a merging, a checkpoint or a data path with which main.py could not start."""
-    build.merge_config(main_args)
     weights = build.Weights(main_args, main_args.model)
     config = build.build_config(main_args, weights.name)
-    merge = build.merge_config(main_args, weights.merge)
+    merge = options.merge_config(main_args, weights.merge)
     registers = {"num_registers": main_args.num_registers, "register_layer": main_args.register_layer or 0}
     if weights.state is None:  # else the checkpoint decides what fits
         create_model(weights.name, merge=merge, img_size=config.input_size, num_classes=10, **registers)

@@ -17,16 +17,17 @@ from typing import Any
 import pytest
 import torch
 from runs import digits, same_run, toy_model
-from test_engine import PLAIN, gradients, make_batch, make_trainer, train
+from test_engine import PLAIN, gradients, make_batch, make_learner, train
 from test_resume import LAUNCH
 from tiny import ours
 from torch import Tensor
 
 import main
 import options
+import trainer
 from datasets import Batch, DataConfig, build_data, build_eval_loader
 from distributed import Distributed, close_distributed, init_distributed
-from engine import BadImages, EpochLog, Scores, evaluate
+from engine import EpochLog, Scores, UnreadableImages, evaluate
 from models import MergeConfig
 from run.kill_test import checkpoint, log_lines
 from utils import StopSignal
@@ -96,16 +97,16 @@ def one_step(case: str, dist: Distributed) -> dict[str, dict[str, Tensor]]:
     with torch.no_grad():
         model.head.weight *= 8  # so that confidences lie on both sides of the threshold
     teacher = ours(seed=5).double() if case == "distillation" else None
-    trainer = make_trainer(*CASES[case], "--clip_grad", 0.5, model=model, dist=dist, teacher=teacher)
-    trainer.optimizer = torch.optim.SGD(trainer.module.parameters(), lr=0.1)  # Adam's first step is a sign
+    learner = make_learner(*CASES[case], "--clip_grad", 0.5, model=model, dist=dist, teacher=teacher)
+    learner.optimizer = torch.optim.SGD(learner.module.parameters(), lr=0.1)  # Adam's first step is a sign
     micro = batches_of(dist.rank, dist.world)
     # the masked mean is over a micro-batch of all ranks, so one is taken at a time
-    sums = trainer.step_gradients(micro if case != "pairing" else micro[:1], 0, 0)
-    grads = gradients(trainer.module)
-    trainer.update()
-    assert trainer.ema is not None
-    ema = {name: tensor.clone() for name, tensor in trainer.ema.module.state_dict().items()}
-    return {"sums": sums, "gradients": grads, "weights": trainer.module.state_dict(), "ema": ema}
+    sums = learner.step_gradients(micro if case != "pairing" else micro[:1], 0, 0)
+    grads = gradients(learner.module)
+    learner.update()
+    assert learner.ema is not None
+    ema = {name: tensor.clone() for name, tensor in learner.ema.module.state_dict().items()}
+    return {"sums": sums, "gradients": grads, "weights": learner.module.state_dict(), "ema": ema}
 
 
 def scores_of(limit: int, dist: Distributed) -> Scores:
@@ -120,7 +121,8 @@ def scores_of(limit: int, dist: Distributed) -> Scores:
 
 def flags_between_ranks(dist: Distributed) -> dict[str, Any]:
     """Rank 1 alone is asked to stop, meets a loss that is not finite, and an unreadable image."""
-    trainer, stop, bad, log, done = make_trainer(dist=dist), StopSignal(), BadImages(5), EpochLog(), []
+    learner, stop, log, done = make_learner(dist=dist), StopSignal(), EpochLog(), []
+    unreadable = UnreadableImages(5)
     batches = [make_batch(2, 10 * step + dist.rank) for step in range(5)]
     if dist.rank == 1:
         batches[0].images[0] = float("nan")
@@ -131,9 +133,9 @@ def flags_between_ranks(dist: Distributed) -> dict[str, Any]:
         if step == 2 and dist.rank == 1:
             stop.request("SIGTERM")
 
-    ended = train(trainer, batches, stop=stop, bad=bad, epoch_log=log, after_step=after)
-    weights = [tensor.clone() for tensor in trainer.module.state_dict().values()]
-    seen = {"ended": ended, "done": done, "reason": stop.requested, "bad": sorted(bad.names), "sums": log.sums}
+    ended = train(learner, batches, stop=stop, unreadable=unreadable, epoch_log=log, after_step=after)
+    weights = [tensor.clone() for tensor in learner.module.state_dict().values()]
+    seen = {"ended": ended, "done": done, "reason": stop.requested, "bad": sorted(unreadable.names), "sums": log.sums}
     return seen | {"nonfinite": log.nonfinite, "samples": log.samples, "weights": weights}
 
 
@@ -210,7 +212,7 @@ def run_flags(folder: Path) -> list[str]:
 def play(folder: str, interrupt: str = "", rank: int = 1, epochs: int = 2) -> int:
     """main.py in a rank; `interrupt` is sent to one of them by itself after its third update of this call."""
     argv = [*run_flags(Path(folder)), "--epochs", str(epochs)]
-    train_epoch, calls = main.train_one_epoch, [0]
+    train_epoch, calls = trainer.train_one_epoch, [0]
 
     def watched(*args: Any, after_step: Any, **options: Any) -> bool:
         def counted(done: int) -> None:
@@ -221,7 +223,7 @@ def play(folder: str, interrupt: str = "", rank: int = 1, epochs: int = 2) -> in
 
         return train_epoch(*args, after_step=counted, **options)
 
-    main.train_one_epoch = watched
+    trainer.train_one_epoch = watched
     return main.main(argv)
 
 

@@ -13,18 +13,20 @@ from runs import digits
 from tiny import ours
 from torch import Tensor, nn
 
+import engine
 import options
 from datasets import Batch
 from distributed import Distributed
 from engine import (
-    BadImages,
     EpochLog,
+    Learner,
     Precision,
+    RunControl,
     SharpnessAware,
-    Trainer,
+    UnreadableImages,
+    build_learner,
     build_precision,
     build_scheduler,
-    build_trainer,
     evaluate,
     load_scheduler_state,
     scheduler_state,
@@ -41,16 +43,16 @@ ALONE = Distributed(CPU)
 PLAIN = Precision("cpu", None, torch.amp.GradScaler("cpu", enabled=False))
 
 
-def make_trainer(
+def make_learner(
     *flags: object, model: Any = None, double: bool = True, dist: Distributed = ALONE, teacher: Any = None
-) -> Trainer:
-    """A trainer of a tiny merging model as main.py builds it, in double precision unless asked otherwise."""
+) -> Learner:
+    """A learner of a tiny merging model as main.py builds it, in double precision unless asked otherwise."""
     args = options.parse_args(digits(*flags))
     module = ours(MergeConfig(method="tome", r=2), num_registers=2) if model is None else model
     module = module.double() if double else module.float()
     groups = parameter_groups(module, args.weight_decay)
     objective, mixup = build_objective(args, teacher, module), build_mixup(args, 10)
-    return build_trainer(args, dist, module, groups, objective, build_precision(args, CPU), mixup)
+    return build_learner(args, dist, module, groups, objective, build_precision(args, CPU), mixup)
 
 
 def make_batch(size: int = 6, seed: int = 0, dtype: torch.dtype = torch.double, bad: tuple[str, ...] = ()) -> Batch:
@@ -88,16 +90,28 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-def train(trainer: Trainer, batches: list[Batch], **options: Any) -> bool:
-    settings: dict[str, Any] = {
-        "epoch_log": EpochLog(),
-        "set_lr": lambda epoch: 0.0,
-        "stop": StopSignal(),
-        "bad": BadImages(10),
-        "max_nonfinite": 10,
-        "log": lambda line: None,
-    }
-    return train_one_epoch(trainer, Loader(batches), 0, **(settings | options))  # type: ignore[arg-type]
+def train(
+    learner: Learner,
+    batches: list[Batch],
+    *,
+    stop: StopSignal | None = None,
+    unreadable: UnreadableImages | None = None,
+    max_nonfinite: int = 10,
+    set_lr: Callable[[float], float] = lambda epoch: 0.0,
+    **options: Any,
+) -> bool:
+    control = RunControl(stop or StopSignal(), unreadable or UnreadableImages(10), max_nonfinite)
+    learner.set_lr = set_lr  # type: ignore[method-assign]
+    options.setdefault("epoch_log", EpochLog())
+    return train_one_epoch(learner, Loader(batches), control, 0, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that the engine logs."""
+    logged: list[str] = []
+    monkeypatch.setattr(engine, "log", logged.append)
+    return logged
 
 
 # Gradients
@@ -106,7 +120,7 @@ def train(trainer: Trainer, batches: list[Batch], **options: Any) -> bool:
 @pytest.mark.parametrize("flags", [[], ["--r", 2, "--full_weight", 1, "--consistency_weight", 3, "--full_r_max", 1]])
 def test_accumulation_equals_the_large_batch(flags: list[object]) -> None:
     flags = [*flags, *(["--consistency_threshold", 0] if flags else []), "--smoothing", 0.1]
-    small, large = (make_trainer(*flags) for _ in range(2))
+    small, large = (make_learner(*flags) for _ in range(2))
     batches = [make_batch(4, seed) for seed in range(3)]
     sums = small.gradients(batches, 0, 0)
     wanted = large.gradients([join(batches)], 0, 0)
@@ -120,25 +134,25 @@ def test_accumulation_equals_the_large_batch(flags: list[object]) -> None:
 
 
 def test_a_step_draws_the_same_again() -> None:
-    trainer = make_trainer("--mixup", 0.8, "--cutmix", 1)
-    trainer.module.pos_drop = nn.Dropout(0.3)
+    learner = make_learner("--mixup", 0.8, "--cutmix", 1)
+    learner.module.pos_drop = nn.Dropout(0.3)
     batch = make_batch()
-    trainer.module.train()
+    learner.module.train()
     losses = []
     for epoch, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
         torch.rand(3)  # the streams' state before does not matter
-        losses.append(float(trainer.gradients([batch], epoch, step)["loss"]))
+        losses.append(float(learner.gradients([batch], epoch, step)["loss"]))
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
 def test_sam_without_a_radius_is_the_base_optimizer() -> None:
-    assert make_trainer("--sam_rho", 0).sharpness is None
-    base, still = make_trainer(), make_trainer()
+    assert make_learner("--sam_rho", 0).sharpness is None
+    base, still = make_learner(), make_learner()
     still.sharpness = SharpnessAware(still.module.parameters(), 0.0, adaptive=False)
     batches = [make_batch(4, seed) for seed in range(2)]
-    for trainer in (base, still):
-        trainer.step_gradients(batches, 0, 0)
-        trainer.update()
+    for learner in (base, still):
+        learner.step_gradients(batches, 0, 0)
+        learner.update()
     got, wanted = weights(still.module), weights(base.module)
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
@@ -146,8 +160,8 @@ def test_sam_without_a_radius_is_the_base_optimizer() -> None:
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_sam_by_hand(adaptive: bool) -> None:
     rho = 0.3
-    trainer = make_trainer("--sam_rho", rho, *(["--sam_adaptive"] if adaptive else []), "--smoothing", 0)
-    batch, twin = make_batch(), copy.deepcopy(trainer.module)
+    learner = make_learner("--sam_rho", rho, *(["--sam_adaptive"] if adaptive else []), "--smoothing", 0)
+    batch, twin = make_batch(), copy.deepcopy(learner.module)
     before = weights(twin)
 
     def loss() -> Tensor:
@@ -161,13 +175,13 @@ def test_sam_by_hand(adaptive: bool) -> None:
         for parameter, g, s in zip(parameters, first, scale, strict=True):
             parameter += rho * s**2 * g / norm
     wanted = dict(zip(names, torch.autograd.grad(loss(), parameters), strict=True))
-    sums = trainer.step_gradients([batch], 0, 0)
-    got = gradients(trainer.module)
+    sums = learner.step_gradients([batch], 0, 0)
+    got = gradients(learner.module)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-7, atol=1e-10)
     changes = [(got[name] - g).abs().max().item() for name, g in zip(names, first, strict=True)]
     assert max(changes) > 1e-3, "the perturbation should matter in this test"
-    after = weights(trainer.module)
+    after = weights(learner.module)
     assert all(torch.equal(after[name], before[name]) for name in before)
     twin.load_state_dict(before)
     assert float(sums["loss"]) / len(batch.images) == pytest.approx(loss().item())  # the one at the weights themselves
@@ -175,14 +189,14 @@ def test_sam_by_hand(adaptive: bool) -> None:
 
 def test_both_passes_of_sam_see_the_same_mixed_images_and_schedule() -> None:
     flags = ("--r", 2, "--full_weight", 1, "--mixup", 0.8, "--sam_rho", 0.1)
-    trainer = make_trainer(*flags)
+    learner = make_learner(*flags)
     seen: list[tuple[Any, Tensor]] = []
-    trainer.module.register_forward_pre_hook(
+    learner.module.register_forward_pre_hook(
         lambda _, inputs, options: seen.append((options["r"], inputs[0].clone())), with_kwargs=True
     )
     batch = make_batch()
     before = batch.images.clone()
-    trainer.step_gradients([batch], 0, 0)
+    learner.step_gradients([batch], 0, 0)
     assert len(seen) == 4 and torch.equal(batch.images, before)
     for first, second in (seen[0::2], seen[1::2]):
         assert first[0] == second[0] or first is second
@@ -192,46 +206,46 @@ def test_both_passes_of_sam_see_the_same_mixed_images_and_schedule() -> None:
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_clipping_scales_the_whole_gradient(factor: float) -> None:
-    trainer = make_trainer()
-    trainer.optimizer = torch.optim.SGD(trainer.module.parameters(), lr=1.0)
-    before = weights(trainer.module)
-    trainer.step_gradients([make_batch()], 0, 0)
-    grads = gradients(trainer.module)
+    learner = make_learner()
+    learner.optimizer = torch.optim.SGD(learner.module.parameters(), lr=1.0)
+    before = weights(learner.module)
+    learner.step_gradients([make_batch()], 0, 0)
+    grads = gradients(learner.module)
     norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
-    trainer.clip_grad = factor * norm
-    trainer.update()
+    learner.clip_grad = factor * norm
+    learner.update()
     for name, old in before.items():
-        step = old - dict(trainer.module.named_parameters())[name]
+        step = old - dict(learner.module.named_parameters())[name]
         torch.testing.assert_close(step, grads[name] * min(1.0, factor), rtol=1e-5, atol=1e-9)
 
 
 def test_the_average_follows_by_its_formula() -> None:
-    trainer = make_trainer("--model_ema_decay", 0.9)
-    assert trainer.ema is not None
-    wanted = {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
+    learner = make_learner("--model_ema_decay", 0.9)
+    assert learner.ema is not None
+    wanted = {name: tensor.clone() for name, tensor in learner.module.state_dict().items()}
     for step in range(3):
-        trainer.step_gradients([make_batch(4, step)], 0, step)
-        trainer.update()
-        for name, tensor in trainer.module.state_dict().items():
+        learner.step_gradients([make_batch(4, step)], 0, step)
+        learner.update()
+        for name, tensor in learner.module.state_dict().items():
             wanted[name] = 0.9 * wanted[name] + 0.1 * tensor
-    for name, tensor in trainer.ema.module.state_dict().items():
+    for name, tensor in learner.ema.module.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name])
-    assert not torch.equal(wanted["head.weight"], trainer.module.state_dict()["head.weight"])
+    assert not torch.equal(wanted["head.weight"], learner.module.state_dict()["head.weight"])
 
 
 # The loop
 
 
 def test_an_epoch_counts_samples_and_calls_back_after_every_update() -> None:
-    trainer = make_trainer("--accumulation_steps", 2)
+    learner = make_learner("--accumulation_steps", 2)
     batches = [make_batch(4, seed) for seed in range(6)]
     log, rates, done = EpochLog(), [], []
-    assert train(trainer, batches, epoch_log=log, set_lr=lambda e: rates.append(e) or 0.1, after_step=done.append)
+    assert train(learner, batches, epoch_log=log, set_lr=lambda e: rates.append(e) or 0.1, after_step=done.append)
     assert (log.samples, done) == (24, [2, 4, 6]) and rates == pytest.approx([0, 1 / 3, 2 / 3])
     later = EpochLog()
-    assert train(trainer, batches, start=4, epoch_log=later, after_step=done.append)
+    assert train(learner, batches, start=4, epoch_log=later, after_step=done.append)
     assert (later.samples, done[-1]) == (8, 6) and later.means().keys() == {"loss", "ce"}
-    assert train(trainer, batches, start=6), "nothing left to do is no stop"
+    assert train(learner, batches, start=6), "nothing left to do is no stop"
 
 
 def test_a_stop_ends_the_epoch_after_the_update_that_saw_it() -> None:
@@ -242,7 +256,7 @@ def test_a_stop_ends_the_epoch_after_the_update_that_saw_it() -> None:
         if step == 2:
             stop.request("SIGTERM")  # too late for this step: other ranks do not know of it
 
-    assert not train(make_trainer(), [make_batch(2, s) for s in range(5)], stop=stop, after_step=after)
+    assert not train(make_learner(), [make_batch(2, s) for s in range(5)], stop=stop, after_step=after)
     assert done == [1, 2, 3] and stop.requested == "SIGTERM"
 
 
@@ -252,12 +266,12 @@ def poison(step: int, value: float = float("nan")) -> list[Batch]:
     return batches
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
-    trainer, twin = make_trainer(), make_trainer()
-    log, lines, states = EpochLog(), [], []
+def test_a_step_that_is_not_finite_is_skipped_and_counted(lines: list[str]) -> None:
+    learner, twin = make_learner(), make_learner()
+    log, states = EpochLog(), []
     batches = poison(1)
-    after = lambda _: states.append(weights(trainer.module))  # noqa: E731
-    assert train(trainer, batches, epoch_log=log, log=lines.append, after_step=after)
+    after = lambda _: states.append(weights(learner.module))  # noqa: E731
+    assert train(learner, batches, epoch_log=log, after_step=after)
     assert log.nonfinite == 1 and log.samples == 12 and math.isfinite(log.means()["loss"])
     assert len(lines) == 1 and "micro-batch 2" in lines[0] and "skipped" in lines[0]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -272,55 +286,55 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
 def test_too_many_of_them_stop_the_run_and_name_the_step() -> None:
     batches = [batch for step in (0, 1, 2) for batch in [poison(step)[step]]]
     with pytest.raises(RunError, match="epoch 0 at micro-batch 2.*--max_nonfinite 1"):
-        train(make_trainer(), batches, max_nonfinite=1)
+        train(make_learner(), batches, max_nonfinite=1)
     carried = EpochLog(nonfinite=1)  # an earlier epoch's count
     with pytest.raises(RunError, match="micro-batch 1:"):
-        train(make_trainer(), batches, max_nonfinite=1, epoch_log=carried)
+        train(make_learner(), batches, max_nonfinite=1, epoch_log=carried)
 
 
 def test_a_gradient_that_is_not_finite_counts_too() -> None:
-    trainer = make_trainer()
-    trainer.module.head.weight.register_hook(lambda grad: grad * float("inf"))
-    before, log = weights(trainer.module), EpochLog()
-    assert train(trainer, [make_batch(4)], epoch_log=log) and log.nonfinite == 1
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer.module).items())
+    learner = make_learner()
+    learner.module.head.weight.register_hook(lambda grad: grad * float("inf"))
+    before, log = weights(learner.module), EpochLog()
+    assert train(learner, [make_batch(4)], epoch_log=log) and log.nonfinite == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner.module).items())
 
 
 def test_the_scaler_of_fp16_finds_its_scale() -> None:
-    trainer = make_trainer("--amp", "fp16", double=False)
-    scaler = trainer.precision.scaler
+    learner = make_learner("--amp", "fp16", double=False)
+    scaler = learner.precision.scaler
     batch = make_batch(4, dtype=torch.float)
-    before, log = weights(trainer.module), EpochLog()
+    before, log = weights(learner.module), EpochLog()
     scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**100})
-    assert train(trainer, [batch], epoch_log=log)
+    assert train(learner, [batch], epoch_log=log)
     assert scaler.get_scale() == 2.0**99 and log.nonfinite == 0, "an overflow is part of the search"
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer.module).items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner.module).items())
     scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**10})
-    assert train(trainer, [batch], epoch_log=log) and math.isfinite(log.means()["loss"])
-    assert not torch.equal(before["head.weight"], trainer.module.head.weight)
+    assert train(learner, [batch], epoch_log=log) and math.isfinite(log.means()["loss"])
+    assert not torch.equal(before["head.weight"], learner.module.head.weight)
     wrong = batch._replace(images=batch.images * float("nan"))
-    assert train(trainer, [wrong], epoch_log=log) and log.nonfinite == 1 and scaler.get_scale() == 2.0**9
+    assert train(learner, [wrong], epoch_log=log) and log.nonfinite == 1 and scaler.get_scale() == 2.0**9
 
 
 def test_fp16_gradients_are_clipped_and_perturbed_in_their_own_units() -> None:
     flags = ("--clip_grad", 0.5, "--sam_rho", 0.05)
-    plain, half = make_trainer(*flags, double=False), make_trainer(*flags, "--amp", "fp16", double=False)
-    for trainer in (plain, half):
-        trainer.optimizer = torch.optim.SGD(trainer.module.parameters(), lr=1.0)
-        trainer.precision.scaler.load_state_dict({**trainer.precision.scaler.state_dict(), "scale": 256.0})
-        trainer.step_gradients([make_batch(4, dtype=torch.float)], 0, 0)
-        trainer.update()
+    plain, half = make_learner(*flags, double=False), make_learner(*flags, "--amp", "fp16", double=False)
+    for learner in (plain, half):
+        learner.optimizer = torch.optim.SGD(learner.module.parameters(), lr=1.0)
+        learner.precision.scaler.load_state_dict({**learner.precision.scaler.state_dict(), "scale": 256.0})
+        learner.step_gradients([make_batch(4, dtype=torch.float)], 0, 0)
+        learner.update()
     for name, tensor in weights(plain.module).items():
         torch.testing.assert_close(weights(half.module)[name], tensor, rtol=0.05, atol=5e-3)
 
 
-def test_unreadable_images_are_named_once_and_end_the_run_past_the_limit() -> None:
-    bad, lines = BadImages(2), []
+def test_unreadable_images_are_named_once_and_end_the_run_past_the_limit(lines: list[str]) -> None:
+    unreadable = UnreadableImages(2)
     batches = [make_batch(2, bad=("b.png",)), make_batch(2, bad=("a.png", "b.png")), make_batch(2)]
-    assert train(make_trainer(), batches, bad=bad, log=lines.append)
+    assert train(make_learner(), batches, unreadable=unreadable)
     assert [line.split()[2] for line in lines] == ["b.png", "a.png"]
     with pytest.raises(RunError, match="3 unreadable images, more than --max_bad_images 2.*c.png"):
-        train(make_trainer(), [make_batch(2, bad=("c.png",))], bad=bad)
+        train(make_learner(), [make_batch(2, bad=("c.png",))], unreadable=unreadable)
 
 
 # Evaluation
@@ -351,23 +365,14 @@ def numbered(n: int, size: int, classes: int, unreadable: tuple[int, ...] = ()) 
 
 
 @pytest.mark.parametrize("classes", [3, 10])
-def test_scores_by_hand(classes: int) -> None:
+def test_scores_by_hand(lines: list[str], classes: int) -> None:
     n, unreadable = 23, (4, 5, 20)
     generator = torch.Generator().manual_seed(1)
     tables = {r: torch.randn(n, classes, generator=generator) for r in (0, 2)}
-    bad, lines = BadImages(5), []
     loader = numbered(n, 4, classes, unreadable)
     schedules = [2, 0]
-    got = evaluate(
-        Table(tables),
-        loader,
-        schedules,
-        PLAIN,
-        ALONE,
-        agreement=True,
-        bad=bad,
-        log=lines.append,  # type: ignore[arg-type]
-    )
+    control = RunControl(unreadable=UnreadableImages(5))
+    got = evaluate(Table(tables), loader, schedules, PLAIN, ALONE, agreement=True, control=control)  # type: ignore[arg-type]
     readable = [i for i in range(n) if i not in unreadable]
     assert got is not None and len(lines) == 3 and "20.png" in lines[0]
     for r, scores in zip(schedules, got, strict=True):
@@ -396,12 +401,12 @@ def test_the_unmerged_pass_is_shared_and_agreement_is_asked_for() -> None:
 
 def test_an_evaluation_ends_early_past_the_limit_and_on_a_stop() -> None:
     model, loader = Table({None: torch.eye(8)}), numbered(8, 2, 8, (1, 2, 3))
-    options: dict[str, Any] = {"precision": PLAIN, "dist": ALONE, "log": lambda line: None}
+    options: dict[str, Any] = {"precision": PLAIN, "dist": ALONE}
     with pytest.raises(RunError, match="3 unreadable images, more than --max_bad_images 2"):
-        evaluate(model, loader, [None], bad=BadImages(2), **options)  # type: ignore[arg-type]
+        evaluate(model, loader, [None], control=RunControl(unreadable=UnreadableImages(2)), **options)  # type: ignore[arg-type]
     stop = StopSignal()
     stop.request("SIGUSR1")
-    assert evaluate(model, loader, [None], stop=stop, **options) is None  # type: ignore[arg-type]
+    assert evaluate(model, loader, [None], control=RunControl(stop), **options) is None  # type: ignore[arg-type]
     assert stop.requested == "SIGUSR1"
 
 
@@ -446,7 +451,7 @@ def test_a_schedule_goes_on_where_it_was_saved(name: str) -> None:
 
     def make() -> tuple[Any, Any]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-        return optimizer, build_scheduler(args, optimizer)[0]
+        return optimizer, build_scheduler(args, optimizer)
 
     def rates(optimizer: Any, scheduler: Any, epochs: range) -> list[float]:
         found = []
@@ -467,7 +472,7 @@ def test_a_schedule_goes_on_where_it_was_saved(name: str) -> None:
 
 def test_lr_is_scaled_by_the_global_batch() -> None:
     def rate(*flags: object) -> float:
-        return make_trainer("--lr", 0.512, "--batch_size", 8, *flags).optimizer.param_groups[0]["lr"]
+        return make_learner("--lr", 0.512, "--batch_size", 8, *flags).optimizer.param_groups[0]["lr"]
 
     assert rate() == pytest.approx(0.008)
     assert rate("--accumulation_steps", 4) == pytest.approx(0.032)
@@ -478,4 +483,4 @@ def test_lr_is_scaled_by_the_global_batch() -> None:
 @pytest.mark.parametrize("flags", [["--opt", "adamx"], ["--opt", "adahessian"], ["--opt", "fusedlamb"]])
 def test_an_optimizer_that_cannot_be_used_is_refused_before_training(flags: list[str]) -> None:
     with pytest.raises(UserError, match="--opt"):
-        make_trainer(*flags)
+        make_learner(*flags)

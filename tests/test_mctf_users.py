@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import build
 import options
 from losses import Objective
 from models import create_model
@@ -27,7 +26,7 @@ EVALUATE = f"""--eval --data_path D --dataset IMNET --resume CKPT --use_mctf Tru
 
 def test_finetuning_means_the_same() -> None:
     args = options.parse_args(FINETUNE)
-    merge = build.merge_config(args)
+    merge = options.merge_config(args)
     assert (merge.method, merge.r, merge.activate_layers) == ("mctf", 16, tuple(range(1, 12)))
     assert (merge.tau_sim, merge.tau_info, merge.tau_size) == (1, 20, 40)
     assert (merge.bidirectional, merge.prop_attn) == (True, True)
@@ -42,7 +41,7 @@ def test_finetuning_means_the_same() -> None:
 def test_evaluation_means_the_same() -> None:
     args = options.parse_args(EVALUATE)
     assert (args.eval, args.resume, args.r_evals, args.full_weight) == (True, "CKPT", ["16"], 0)
-    assert build.merge_config(args).method == "mctf"
+    assert options.merge_config(args).method == "mctf"
 
 
 @pytest.mark.parametrize("argv", [FINETUNE, EVALUATE], ids=["finetune", "evaluate"])

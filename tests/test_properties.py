@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from runs import toy_model
@@ -25,7 +26,7 @@ BASE = ["--dataset", "DIGITS", "--limit", "12", "--batch_size", "4"]
 def nothing_trains() -> Iterator[None]:
     """Everything is built, up to the moment where training or the pass over the data begins."""
     with toy_model(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Run, "fit", lambda self, stop: 0)
+        patch.setattr(trainer.Trainer, "fit", lambda self: 0)
         patch.setattr(main, "evaluate", lambda model, loader, schedules, *_, **__: [SCORES] * len(schedules))
         patch.setattr(torch, "compile", lambda model: model)
         yield
@@ -200,7 +201,11 @@ def test_any_command_line_runs_or_is_refused_in_one_line(flags: list[str]) -> No
     assert (status, err) == (0, "") or (status == 2 and is_one_line(err)), (status, err)
 
 
-WHOLE = [a.option_strings[0] for a in options.build_parser()._actions if getattr(a.type, "__name__", "") == "integer"]
+WHOLE = [
+    a.option_strings[0]
+    for a in options.build_parser()._actions
+    if isinstance(a.type, options.Number) and a.type.kind is int
+]
 
 
 @pytest.mark.parametrize("flag", WHOLE)
@@ -214,6 +219,6 @@ def test_absurdly_large_numbers(flag: str) -> None:
 @given(st.dictionaries(st.sampled_from(sorted(VALID)), st.none() | st.booleans() | st.floats() | st.text(max_size=5)))
 def test_any_config_runs_or_is_refused_in_one_line(tmp_path_factory: Any, content: dict[str, Any]) -> None:
     file = tmp_path_factory.mktemp("config") / "c.yaml"
-    file.write_text(options.yaml.safe_dump({key.removeprefix("--"): value for key, value in content.items()}))
+    file.write_text(yaml.safe_dump({key.removeprefix("--"): value for key, value in content.items()}))
     status, err = play([*BASE, "--config", str(file)])
     assert (status, err) == (0, "") or (status == 2 and is_one_line(err)), (status, err)

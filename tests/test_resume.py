@@ -15,6 +15,8 @@ import torch
 from runs import digits, make_tree, refusal, run, same_run, toy_model
 
 import main
+import trainer
+from engine import Learner
 from run.kill_test import checkpoint, differences, log_lines
 
 ROOT = Path(main.__file__).parent
@@ -49,11 +51,11 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.updates, self.interrupt_at, self.how = 0, 0, "SIGTERM"
         self.rates: dict[float, set[float]] = {}
-        train = main.train_one_epoch
+        train, set_lr = trainer.train_one_epoch, Learner.set_lr
 
-        def watched(*args: Any, set_lr: Any, after_step: Any, **options: Any) -> bool:
-            def noted(epoch: float) -> float:
-                rate = set_lr(epoch)
+        def watched(*args: Any, after_step: Any, **options: Any) -> bool:
+            def noted(learner: Learner, epoch: float) -> float:
+                rate = set_lr(learner, epoch)
                 self.rates.setdefault(epoch, set()).add(rate)
                 return rate
 
@@ -63,9 +65,10 @@ class Watch:
                 if self.updates == self.interrupt_at:
                     self.interrupt()
 
-            return train(*args, set_lr=noted, after_step=counted, **options)
+            monkeypatch.setattr(Learner, "set_lr", noted)
+            return train(*args, after_step=counted, **options)
 
-        monkeypatch.setattr(main, "train_one_epoch", watched)
+        monkeypatch.setattr(trainer, "train_one_epoch", watched)
 
     def interrupt(self) -> None:
         if self.how == "kill":

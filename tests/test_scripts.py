@@ -17,8 +17,6 @@ import pytest
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
-import build
-import main
 import options
 from models.schedule import token_plan
 from run import results
@@ -61,7 +59,7 @@ def test_every_promised_script_is_there() -> None:
 def test_recipe_is_what_its_name_and_header_say(script: Path) -> None:
     launcher, args = echoed(script)
     verb, _, size, method = script.stem.split("_", 3)
-    config = build.merge_config(args)
+    config = options.merge_config(args)
     assert launcher == [sys.executable]
     assert args.eval == (verb == "eval")
     assert args.model == PUBLISHED[size]
@@ -387,8 +385,8 @@ def test_torchrun_passes_a_scripts_options_on() -> None:
     assert "--r" in torchrun_arguments(words[3:], abbreviations=True)
 
 
-def test_commands_in_docstrings_of_main_are_taken() -> None:
-    lines = re.findall(r"^(?:torchrun|python) .*?main\.py (.*)$", main.__doc__ or "", re.M)
+def test_commands_in_the_help_of_main_are_taken() -> None:
+    lines = re.findall(r"^(?:torchrun|python) .*?main\.py (.*)$", options.DESCRIPTION, re.M)
     assert lines
     for line in lines:
         options.parse_args(shlex.split(line))
