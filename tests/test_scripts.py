@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
 import options
+from models.methods import METHODS
 from models.schedule import token_plan
 from run import results
 
@@ -383,6 +384,19 @@ def test_torchrun_passes_a_scripts_options_on() -> None:
     words = shlex.split(done.stdout)
     assert words[1:3] == ["-m", "torch.distributed.run"]
     assert "--r" in torchrun_arguments(words[3:], abbreviations=True)
+
+
+def test_the_readme_names_every_method_and_module() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all(f"| `{name}` |" in text for name in METHODS)
+    modules = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("models/*.py")]} - {"__init__.py", "hubconf.py"}
+    assert {name for name in modules if name not in text} <= {"errors.py", "scatter_free.py"}
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / link).is_file(), f"{document.name} links to {link}"
 
 
 def test_commands_in_the_help_of_main_are_taken() -> None:
