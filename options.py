@@ -32,7 +32,7 @@ from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest
 DESCRIPTION = """\
 Finetune and evaluate Vision Transformers with register tokens and token merging.
 
-torchrun --nproc_per_node=8 -- main.py --model deit_small --r 16 --num_registers 4
+torchrun --nproc_per_node=8 main.py --model deit_small --r 16 --num_registers 4
 python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
 """
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
