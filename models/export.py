@@ -1,6 +1,6 @@
 """Models for other runtimes: torch.export, ONNX, and a folder of safetensors + config.json as timm writes them.
 
-An instrument: eager models are not changed by it. `import models.exporting` also makes the architecture name "regtome"
+An instrument: eager models are not changed by it. `import models.export` also makes the architecture name "regtome"
 known to timm, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads what `save_folder` wrote.
 """
 
