@@ -1,4 +1,4 @@
-"""Pictures for the instruments: one look, heat maps on the patch grid, overlays, grids of panels.
+"""The one style of all figures, and what they are made of: heat maps on the patch grid, overlays, tables of pictures.
 
 Figures are made without pyplot: no global state, no display needed. Arrays are numpy; images are (H,W,3) in [0, 1],
 maps are (gh,gw) on the patch grid.
@@ -19,9 +19,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 INK, FAINT, RULE = "#222222", "#767676", "#dddddd"
 # Okabe and Ito's colours, which colour-blind people can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")
-KIND_COLOURS = {"class": "#D55E00", "distillation": "#CC79A7", "registers": "#009E73", "patches": "#0072B2"}
+TOKEN_COLOURS = {"class": "#D55E00", "distillation": "#CC79A7", "registers": "#009E73", "patches": "#0072B2"}
 HEAT, DENSITY = "viridis", "magma_r"
 PANEL = 1.75  # inches of a picture
+Cell = Callable[[Axes], Any]  # draws on its axes
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -50,7 +51,7 @@ STYLE: dict[Any, Any] = {
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Decorate a function that makes a figure: inside it, our look holds; outside nothing changes."""
+    """Decorate a function that makes a figure: inside it, our style holds; outside nothing changes."""
 
     @wraps(draw)
     def inside(*args: Any, **kwargs: Any) -> Figure:
@@ -63,7 +64,12 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def new_figure(
     rows: int = 1, columns: int = 1, width: float = 4.0, height: float = 3.0, title: str | None = None, **options: Any
 ) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes (rows,columns); width and height are inches of one of them."""
+    """Make a figure and its axes (rows,columns).
+
+    Args:
+        width, height: inches of one of the axes.
+        **options: of matplotlib's `Figure.subplots`.
+    """
     figure = Figure(figsize=(columns * width, rows * height + (0.35 if title else 0)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     if title:
@@ -76,13 +82,13 @@ def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def kind_colour(kind: str) -> str:
-    """The colour of a kind of token: class, distillation, register 3, patches."""
-    return KIND_COLOURS["registers" if kind.startswith("register") else kind]
+def token_colour(token_type: str) -> str:
+    """The colour of class, distillation, registers (or register 3), patches."""
+    return TOKEN_COLOURS["registers" if token_type.startswith("register") else token_type]
 
 
 def show_image(ax: Axes, image: np.ndarray, title: str = "") -> None:
-    """An image without axes."""
+    """Draw an image without axes."""
     _bare(ax, title)
     ax.imshow(image)
 
@@ -90,7 +96,7 @@ def show_image(ax: Axes, image: np.ndarray, title: str = "") -> None:
 def show_map(
     ax: Axes, values: np.ndarray, title: str = "", limits: tuple[float, float] | None = None, cmap: str = HEAT
 ) -> Any:
-    """A map on the patch grid, a cell per patch; returns the image for a colour bar. limits None: its own range."""
+    """Draw a map, a square per patch, and return it for a colour bar. limits None: the range of the map itself."""
     _bare(ax, title)
     low, high = limits if limits else (float(np.nanmin(values)), float(np.nanmax(values)))
     return ax.imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
@@ -99,7 +105,7 @@ def show_map(
 def show_overlay(
     ax: Axes, image: np.ndarray, values: np.ndarray, title: str = "", limits: tuple[float, float] | None = None
 ) -> Any:
-    """A map (bilinear, 60 % opaque) over the image in grey."""
+    """Draw a map (bilinear, 60 % opaque) over the image in grey, and return it for a colour bar."""
     _bare(ax, title)
     height, width = image.shape[:2]
     low, high = limits if limits else (float(np.nanmin(values)), float(np.nanmax(values)))
@@ -108,15 +114,55 @@ def show_overlay(
     return ax.imshow(values, cmap=HEAT, vmin=low, vmax=high, alpha=0.6, interpolation="bilinear", extent=extent)
 
 
-def mark_patch(ax: Axes, patch: tuple[int, int], cell: float = 1.0, colour: str = "#ff2d2d") -> None:
-    """Outline the patch (row, column); cell is its side in the axes' units (1 on a map, pixels on an image)."""
+def mark_patch(ax: Axes, patch: tuple[int, int], side: float = 1.0, colour: str = "#ff2d2d") -> None:
+    """Outline the patch (row, column); `side` is its length in the axes' units (1 on a map, pixels on an image)."""
     row, column = patch
-    corner = (column * cell - 0.5, row * cell - 0.5)
-    ax.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor=colour, linewidth=1.6))
+    corner = (column * side - 0.5, row * side - 0.5)
+    ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=1.6))
+
+
+def image_cell(image: np.ndarray) -> Cell:
+    """A cell of `picture_table`: an image."""
+    return lambda ax: show_image(ax, image)
+
+
+def map_cell(
+    values: np.ndarray,
+    limits: tuple[float, float] | None = None,
+    marked: np.ndarray | None = None,
+    cmap: str = HEAT,
+) -> Cell:
+    """A cell of `picture_table`: a map (gh,gw), with the patches of a mask (gh,gw) outlined; empty for a map of NaN."""
+
+    def draw(ax: Axes) -> None:
+        if np.isnan(values).all():
+            ax.set_axis_off()
+            return
+        show_map(ax, values, limits=limits, cmap=cmap)
+        for row, column in np.argwhere(marked) if marked is not None else ():
+            mark_patch(ax, (int(row), int(column)))
+
+    return draw
+
+
+def overlay_cell(
+    image: np.ndarray,
+    values: np.ndarray,
+    limits: tuple[float, float] | None = None,
+    patch: tuple[int, int] | None = None,
+) -> Cell:
+    """A cell of `picture_table`: a map (gh,gw) laid over the image, with one patch outlined."""
+
+    def draw(ax: Axes) -> None:
+        show_overlay(ax, image, values, limits=limits)
+        if patch is not None:
+            mark_patch(ax, patch, image.shape[0] / values.shape[0])
+
+    return draw
 
 
 def draw_box(ax: Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False) -> None:
-    """A box (x1,y1,x2,y2) in pixels, with a white rim so that it shows on any picture."""
+    """Draw a box (x1,y1,x2,y2) in pixels, with a white rim so that it shows on any picture."""
     x1, y1, x2, y2 = box
     shape: dict[str, Any] = dict(xy=(x1 - 0.5, y1 - 0.5), width=x2 - x1, height=y2 - y1, fill=False)
     shape["clip_on"] = False  # else half of the line is cut off where the box is the whole image
@@ -125,38 +171,44 @@ def draw_box(ax: Axes, box: Sequence[float], colour: str, label: str = "", dashe
 
 
 def row_label(ax: Axes, text: str) -> None:
-    """A caption at the left of a row of pictures."""
+    """Write a caption at the left of a row of pictures."""
     ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, color=FAINT, labelpad=6)
 
 
 @styled
 def picture_table(
-    rows: Sequence[Sequence[Callable[[Axes], Any]]],
+    rows: Sequence[Sequence[Cell]],
     columns: Sequence[str],
     captions: Sequence[str] | None = None,
     title: str | None = None,
     aspect: float = 1.0,
     note: str = "",
 ) -> Figure:
-    """A table of pictures: every cell is a function that draws on its axes; `aspect` is a picture's height / width."""
+    """A table of pictures, each drawn by its cell.
+
+    Args:
+        columns, captions: names above the columns and beside the rows.
+        aspect: height / width of a picture.
+        note: a line below the table.
+    """
     figure, axes = new_figure(len(rows), max(map(len, rows)), PANEL, PANEL * aspect, title)
-    for line, row in enumerate(rows):
-        for column, ax in enumerate(axes[line]):
-            if column >= len(row):
+    for row, cells in enumerate(rows):
+        for column, ax in enumerate(axes[row]):
+            if column >= len(cells):
                 ax.set_axis_off()
                 continue
-            row[column](ax)
-            if line == 0 and column < len(columns):
+            cells[column](ax)
+            if row == 0 and column < len(columns):
                 ax.set_title(columns[column], fontsize=8.5, loc="center")
         if captions:
-            row_label(axes[line, 0], captions[line])
+            row_label(axes[row, 0], captions[row])
     if note:
         figure.supxlabel(note, fontsize=7.5, color=FAINT, x=0.01, ha="left")
     return figure
 
 
 def density(ax: Axes, counts: np.ndarray, edges: np.ndarray, log_axis: bool = True) -> Any:
-    """Histograms (layers,bins) side by side, log colour; the x axis counts layers."""
+    """Draw histograms (layers,bins) side by side in a logarithmic colour scale; the x axis counts layers."""
     shown = np.where(counts > 0, counts, np.nan)
     x = np.arange(len(counts) + 1) - 0.5
     mesh = ax.pcolormesh(x, edges, shown.T, norm=LogNorm(), cmap=DENSITY, rasterized=True, alpha=0.9)
@@ -166,7 +218,7 @@ def density(ax: Axes, counts: np.ndarray, edges: np.ndarray, log_axis: bool = Tr
 
 
 def plain_log(ax: Axes, axis: str = "y") -> None:
-    """A logarithmic axis with plain numbers: 5, 10, 20 instead of powers of ten."""
+    """Make an axis logarithmic with plain numbers: 5, 10, 20 instead of powers of ten."""
     getattr(ax, f"set_{axis}scale")("log")
     chosen = ax.yaxis if axis == "y" else ax.xaxis
     chosen.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=30))
@@ -175,7 +227,7 @@ def plain_log(ax: Axes, axis: str = "y") -> None:
 
 
 def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str = "") -> None:
-    """A thin colour bar beside axes."""
+    """Put a thin colour bar beside axes."""
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=30, pad=0.01)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, length=0)

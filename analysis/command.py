@@ -1,10 +1,12 @@
-"""What all commands of run/analyze.py share: models, images and output files, from one set of flags.
+"""The program around the instruments: models, images and output files for the commands of run/analyze.py.
 
-A command is `command(own, rest)`: `own` are its parsed flags, `rest` those of main.py. The usual shape is
+This is the one module of analysis/ that knows the command line, the data sets and the loading of weights; instruments
+import it inside their commands only, so that their mathematics and figures work without it. A command is
+`run(args, main_argv)`: `args` are its own parsed flags, `main_argv` the remaining words, which are flags of main.py.
 
-    models, out = load_models(own, rest), Output(own, rest)
-    for loaded in models:
-        for batch in Images(own, loaded): ...
+    models = load_models(args, main_argv)
+    out = Output(args, main_argv, models)
+    results = [measure(loaded.model, Images(args, loaded), label=loaded.label) for loaded in models]
     out.json("norms", {...}); out.npz(...); out.png(...)
 """
 
@@ -13,7 +15,7 @@ import math
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from build import Weights, build_config, build_model
+from build import load_for_inference
 from datasets import (
     Batch,
     DataConfig,
@@ -38,16 +40,9 @@ from distributed import init_distributed
 from models import MergingViT, UserError
 from models.gmacs import gmacs
 from models.schedule import format_schedule
-from options import Parser, parse_args
-from utils import Progress, git_revision, log, seed_all, to_jsonable, versions, write_json
+from options import INFERENCE_GROUPS, Parser, flags_of, given_flags, parse_args
+from utils import Progress, git_revision, log, to_jsonable, versions, write_json
 
-# options of main.py that mean something to an instrument; any other one would do nothing and is refused
-MEANINGFUL = frozenset(
-    "config dataset data_path input_size batch_size num_workers limit pin_mem eval_crop_ratio interpolation"
-    " model num_registers register_layer pretrained finetune"
-    " merge r activate_layer dense_layers prop_attn tau_sim tau_info tau_size bidirectional one_step_ahead pooling"
-    " min_tokens local_grid global_layer seed device eval".split()
-)
 SHORT = {"registers": "num_registers", "weights": "finetune"}
 DATA_FLAGS = ("--dataset", "--data_set", "--data_path")
 BATCH_SIZE = "16"  # maps of attention are large
@@ -56,7 +51,7 @@ SPEC = "NAME[:WEIGHTS][,label=TEXT][,num_registers=4][,r=16][,FLAG=VALUE ...]"
 
 @dataclass(frozen=True)
 class Spec:
-    """One model of the command line: its label (None: made from what it is) and flags of main.py."""
+    """One model of the command line: its label (None: derived from name, registers, schedule) and flags of main.py."""
 
     label: str | None
     flags: tuple[str, ...]
@@ -69,7 +64,7 @@ class Loaded:
     label: str
     model: MergingViT
     config: DataConfig
-    args: Namespace  # of main.py
+    args: Namespace  # main.py's
     device: torch.device
     source: str  # where its weights come from
 
@@ -79,16 +74,22 @@ class Loaded:
         return re.sub(r"[^\w.=-]+", "_", self.label).strip("_")
 
     def info(self) -> dict[str, Any]:
-        """What it is, for json."""
-        model, plan = self.model, self.model.plan()
-        info = {"label": self.label, "weights": self.source, "num_registers": model.num_registers}
-        info |= {"merge": model.merge.method, "r": format_schedule(model.merge.r), "tokens": list(plan.counts)}
-        info |= {"input_size": list(model.patch_embed.img_size), "gmacs": round(gmacs(model), 4)}
-        return info
+        """The model in plain values, for json."""
+        model = self.model
+        return {
+            "label": self.label,
+            "weights": self.source,
+            "num_registers": model.num_registers,
+            "merge": model.merge.method,
+            "r": format_schedule(model.merge.r),
+            "tokens": list(model.plan().counts),
+            "input_size": list(model.patch_embed.img_size),
+            "gmacs": round(gmacs(model), 4),
+        }
 
 
 def add_flags(parser: argparse.ArgumentParser, images: bool = True) -> None:
-    """Flags of every command. What is not here (--r, --merge, --dataset, --limit, ...) is main.py's."""
+    """Add the flags that every command has. Those that are not here (--r, --merge, --dataset, ...) are main.py's."""
     group = parser.add_argument_group("models, images, output")
     group.add_argument("--model", metavar="NAME", help="ours or a timm ViT name (default: what --weights say)")
     group.add_argument("--weights", metavar="FILE|URL", help="any checkpoint (default: timm's published weights)")
@@ -104,7 +105,7 @@ def add_flags(parser: argparse.ArgumentParser, images: bool = True) -> None:
 
 
 def parse_spec(text: str) -> Spec:
-    """`deit_small:w.pth,registers=4,label=with` -> label and flags of main.py.
+    """Read one model: `deit_small:w.pth,registers=4,label=with` -> label and flags of main.py.
 
     Commas inside brackets do not separate: r=(16,-1), r=[16,0,8]. Booleans are prop_attn=false.
     """
@@ -128,91 +129,95 @@ def parse_spec(text: str) -> Spec:
     return Spec(label, tuple(flags))
 
 
-def specs_of(own: Namespace) -> list[Spec]:
+def specs_of(args: Namespace) -> list[Spec]:
     """The models of a command line, from --models or --model and --weights."""
-    if own.models and (own.model or own.weights):
+    if args.models and (args.model or args.weights):
         raise UserError("give either --models or --model and --weights, not both")
-    if own.models:
-        return [parse_spec(text) for text in own.models]
-    if not own.model and not own.weights:
+    if args.models:
+        return [parse_spec(text) for text in args.models]
+    if not args.model and not args.weights:
         raise UserError("no model: give --model NAME (and --weights FILE), or --models for several")
-    flags = ["--model", own.model] if own.model else []
-    return [Spec(None, tuple(flags + (["--finetune", own.weights] if own.weights else [])))]
+    name = ["--model", args.model] if args.model else []
+    weights = ["--finetune", args.weights] if args.weights else []
+    return [Spec(None, (*name, *weights))]
 
 
-def main_args(rest: Sequence[str], spec: Spec | None = None) -> Namespace:
-    """Options of main.py for one model; one that no instrument heeds is refused."""
-    tokens = ["--eval", "--batch_size", BATCH_SIZE, *rest, *(spec.flags if spec else ())]
-    args, idle = parse_args(tokens), parse_args(["--eval", "--dataset", "IMNET"])
-    if args.dataset == "DIGITS":  # its recipe differs from the defaults in many places
-        idle = parse_args(["--eval", "--dataset", "DIGITS"])
-    for name, value in vars(args).items():
-        if name not in MEANINGFUL and value != getattr(idle, name):
-            raise UserError(f"--{name} has no effect on an analysis; leave it out")
-    return args
+def main_args(main_argv: Sequence[str], spec: Spec | None = None) -> Namespace:
+    """Options of main.py for one model.
+
+    Raises:
+        UserError: an option that no instrument heeds.
+    """
+    argv = [*main_argv, *(spec.flags if spec else ())]
+    idle = given_flags(argv) - flags_of(*INFERENCE_GROUPS) - {"eval"}  # which is implied
+    if idle:
+        raise UserError(f"--{min(idle)} has no effect on an analysis; leave it out")
+    return parse_args(["--eval", "--batch_size", BATCH_SIZE, *argv])
 
 
-def load_models(own: Namespace, rest: Sequence[str]) -> list[Loaded]:
-    """All models, loaded before anything runs: mistakes come first. The first one is the baseline of comparisons."""
-    specs = specs_of(own)
-    if getattr(own, "data", None) is not None and any(token.split("=")[0] in DATA_FLAGS for token in rest):
+def load_models(args: Namespace, main_argv: Sequence[str]) -> list[Loaded]:
+    """Load all models before anything runs: mistakes come first. The first one is the baseline of comparisons."""
+    specs = specs_of(args)
+    if getattr(args, "data", None) is not None and any(token.split("=")[0] in DATA_FLAGS for token in main_argv):
         raise UserError("give either --data FOLDER or --dataset and --data_path, not both")
-    models = [_load(spec, main_args(rest, spec)) for spec in specs]
+    models = [_load(spec, main_args(main_argv, spec)) for spec in specs]
     named: list[Loaded] = []
-    for number, (spec, loaded) in enumerate(zip(specs, models, strict=True), start=1):
-        one = replace(loaded, label=spec.label or _describe(loaded))
-        taken = one.slug in [other.slug for other in named]  # its files would be overwritten
-        named.append(replace(one, label=f"{one.label} {number}") if taken else one)
+    for number, loaded in enumerate(models, start=1):
+        taken = loaded.slug in [other.slug for other in named]  # its files would be overwritten
+        named.append(replace(loaded, label=f"{loaded.label} {number}") if taken else loaded)
     return named
 
 
 def _load(spec: Spec, args: Namespace) -> Loaded:
-    dist = init_distributed(args.device)
-    seed_all(args.seed)
-    weights = Weights(args, args.model)
-    config = build_config(args, weights.name)
-    if args.dataset == "DIGITS":
-        config = build_data(args, config).config
-    head = (weights.tensors() or {}).get("head.weight")
-    classes: Any = None if head is None else len(head)  # None: the model's own
-    model = build_model(args, weights, classes, config).to(dist.device).eval()
-    return Loaded(weights.name, model, config, args, dist.device, weights.source)
+    device = init_distributed(args.device).device
+    model, config, name, source = load_for_inference(args, device)
+    return Loaded(spec.label or _describe(name, model), model, config, args, device, source)
 
 
-def _describe(loaded: Loaded) -> str:
-    model = loaded.model
-    parts = [loaded.label]
-    parts += [f"{model.num_registers} registers"] if model.num_registers else []
-    merges = any(model.plan().merges)
-    parts += [f"{model.merge.method} r={format_schedule(model.merge.r)}"] if merges else []
+def _describe(name: str, model: MergingViT) -> str:
+    parts = [name]
+    if model.num_registers:
+        parts.append(f"{model.num_registers} registers")
+    if any(model.plan().merges):
+        parts.append(f"{model.merge.method} r={format_schedule(model.merge.r)}")
     return ", ".join(parts)
 
 
 class Images:
     """Batches of readable images, prepared for one model; unreadable ones are named and left out.
 
+    It may be iterated several times, and shows a progress bar each time.
+
     Args:
-        split: of a data set of ours, "val" or "train" (evaluation's transform for both).
-        title: of the progress bar; None: no bar.
+        split: "val" or "train" of one of our data sets (evaluation's transform for both).
+        title: of the progress bar, the model's label by default; several: of successive passes, the last one repeats.
+        limit: take at most so many images, evenly spread.
     """
 
     def __init__(
-        self, own: Namespace, loaded: Loaded, split: str = "val", title: str | None = None, limit: int | None = None
+        self,
+        args: Namespace,
+        loaded: Loaded,
+        split: str = "val",
+        title: str | Sequence[str] | None = None,
+        limit: int | None = None,
     ) -> None:
-        self.loaded, self.title = loaded, title or loaded.label
-        self.set = image_set(own, loaded, split)
+        self.loaded = loaded
+        self._titles = [title] if isinstance(title, str) else list(title or [loaded.label])
+        self.set = image_set(args, loaded, split)
         if limit is not None and limit < len(self.set):
             keep = self.set.indices
             keep = range(keep.start, keep.stop, keep.step * math.ceil(len(keep) / limit))
             self.set = ImageSet(self.set.source, self.set.transform, self.set.size, keep)
 
     def __len__(self) -> int:
-        """Images, unreadable ones included."""
+        """Number of images, unreadable ones included."""
         return len(self.set)
 
     def __iter__(self) -> Iterator[Batch]:
+        title = self._titles.pop(0) if len(self._titles) > 1 else self._titles[0]
         loader = build_eval_loader(self.loaded.args, self.set, 0, 1)
-        for batch in track(loader, len(loader), self.title):
+        for batch in track(loader, len(loader), title):
             for name in batch.bad:
                 log(f"unreadable, left out: {name}")
             if batch.valid.any():
@@ -222,6 +227,14 @@ class Images:
     def pictures(self, images: Tensor) -> np.ndarray:
         """Images (B,3,H,W) as they look: (B,H,W,3) in [0, 1]."""
         return unnormalise(images, self.loaded.config).permute(0, 2, 3, 1).cpu().numpy()
+
+    def load(self) -> tuple[Tensor, np.ndarray]:
+        """All images at once, for a few: (K,3,H,W) as the model sees them, and (K,H,W,3) in [0, 1]."""
+        parts = [batch.images for batch in self]
+        if not parts:
+            raise UserError(f"none of the {len(self)} images to be drawn can be read")
+        images = torch.cat(parts)
+        return images, self.pictures(images)
 
 
 def track(items: Any, total: int, title: str) -> Iterator[Any]:
@@ -233,56 +246,67 @@ def track(items: Any, total: int, title: str) -> Iterator[Any]:
             progress.show()
 
 
-def image_set(own: Namespace, loaded: Loaded, split: str = "val") -> ImageSet:
+def image_set(args: Namespace, loaded: Loaded, split: str = "val") -> ImageSet:
     """The images of --data or --dataset with the model's evaluation transform."""
-    folder, args, config = getattr(own, "data", None), loaded.args, loaded.config
-    if folder is None and args.data_path is None and args.dataset == "IMNET":
+    folder, of_main, config = getattr(args, "data", None), loaded.args, loaded.config
+    if folder is None and of_main.data_path is None and of_main.dataset == "IMNET":
         raise UserError("no images: give --data FOLDER, or --dataset (and --data_path) as in main.py")
     if folder is None:
-        both = Namespace(**{**vars(args), "eval": split == "val"})
-        data = build_data(both, config)
+        with_train = Namespace(**{**vars(of_main), "eval": split == "val"})
+        data = build_data(with_train, config)
         chosen = data.val if split == "val" else data.train
         assert chosen is not None
         return ImageSet(chosen.source, data.val.transform, config.input_size, chosen.indices)
     files = find_images(folder)
     source = FileSource(folder, files, [0] * len(files))
-    step = math.ceil(len(files) / args.limit) if args.limit else 1
-    transform = build_transform(args, config, train=False)
-    return ImageSet(source, transform, config.input_size, range(0, len(files), step))
+    every = math.ceil(len(files) / of_main.limit) if of_main.limit else 1
+    transform = build_transform(of_main, config, train=False)
+    return ImageSet(source, transform, config.input_size, range(0, len(files), every))
 
 
-def find_images(folder: Path) -> list[str]:
-    """Images below a folder, in order, relative to it; hidden ones are left out."""
+def find_images(folder: Path, flag: str = "--data") -> list[str]:
+    """Images below a folder, in order, relative to it; hidden ones are left out. `flag` named it, for errors."""
     if not folder.is_dir():
-        raise UserError(f"--data {folder} is not a folder; name one that holds images")
-    found = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-    files = [str(file) for file in found if not any(part.startswith(".") for part in file.parts)]
+        raise UserError(f"{flag} {folder} is not a folder; name one that holds images")
+    images = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    files = [str(file) for file in images if not any(part.startswith(".") for part in file.parts)]
     if not files:
-        raise UserError(f"--data {folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"{flag} {folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
     return files
+
+
+def labels_fit(args: Namespace, loaded: Loaded) -> bool:
+    """Tell whether the images have labels that are the model's classes; a data set with other classes is logged."""
+    if getattr(args, "data", None) is not None:
+        return False
+    classes, dataset = build_data(loaded.args, loaded.config).num_classes, loaded.args.dataset
+    if classes != loaded.model.num_classes:
+        log(f"note: {dataset} has {classes} classes, {loaded.label} {loaded.model.num_classes}: no accuracy")
+    return classes == loaded.model.num_classes
 
 
 class Output:
     """The files of one command: --out DIR, and what every json says about the run."""
 
-    def __init__(self, own: Namespace, rest: Sequence[str], models: Sequence[Loaded]) -> None:
-        self.folder = Path(own.out)
+    def __init__(self, args: Namespace, main_argv: Sequence[str], models: Sequence[Loaded]) -> None:
+        self.folder = Path(args.out)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write to --out {own.out} ({error.strerror}); name a folder") from error
-        flags = {key: str(value) for key, value in vars(own).items() if key != "run" and value is not None}
+            raise UserError(f"cannot write to --out {args.out} ({error.strerror}); name a folder") from error
         self.run: dict[str, Any] = {
-            "flags": flags,
-            "main_flags": list(rest),
+            "flags": {key: str(value) for key, value in vars(args).items() if key != "run" and value is not None},
+            "main_flags": list(main_argv),
             "models": [loaded.info() for loaded in models],
+            "device": str(models[0].device) if models else None,
+            "versions": versions(),
+            "git": git_revision(),
         }
-        self.run |= {"device": str(models[0].device) if models else None, "versions": versions(), "git": git_revision()}
 
     def json(self, name: str, content: dict[str, Any]) -> None:
         """Write NAME.json: `content` and, under "run", the command, versions, models."""
         write_json(self.folder / f"{name}.json", _finite(to_jsonable({**content, "run": self.run})))
-        self._say(f"{name}.json")
+        self._log(f"{name}.json")
 
     def npz(self, name: str, arrays: dict[str, Any]) -> None:
         """Write NAME.npz, compressed."""
@@ -290,19 +314,25 @@ class Output:
             key: value.cpu().numpy() if isinstance(value, Tensor) else value for key, value in arrays.items()
         }
         np.savez_compressed(self.folder / f"{name}.npz", **plain)
-        self._say(f"{name}.npz")
+        self._log(f"{name}.npz")
 
     def png(self, name: str, figure: Any) -> None:
         """Write NAME.png of a matplotlib figure."""
         figure.savefig(self.folder / f"{name}.png", dpi=120)
-        self._say(f"{name}.png")
+        self._log(f"{name}.png")
 
-    def _say(self, file: str) -> None:
+    def memmap(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """NAME.npy as an array of NaN in fp32 that is kept on the disk."""
+        array = np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape)
+        array[:] = np.nan
+        return array
+
+    def _log(self, file: str) -> None:
         log(f"wrote {self.folder / file}")
 
 
 def _finite(plain: Any) -> Any:
-    """None for numbers that JSON does not know: NaN (a mean of nothing) and infinity."""
+    """Put None for numbers that JSON does not know: NaN (a mean of nothing) and infinity."""
     if isinstance(plain, dict):
         return {key: _finite(value) for key, value in plain.items()}
     if isinstance(plain, list):
@@ -310,10 +340,12 @@ def _finite(plain: Any) -> Any:
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
-def add_command(subparsers: Any, name: str, run: Any, text: str, images: bool = True) -> Parser:
-    """A command with the common flags; `run(own, rest)` does it."""
+def add_command(
+    subparsers: Any, name: str, run: Callable[[Namespace, list[str]], None], text: str, images: bool = True
+) -> Parser:
+    """Add a command with the common flags; `run(args, main_argv)` does it."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = subparsers.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False)
+    parser: Parser = subparsers.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False)
     add_flags(parser, images)
     parser.set_defaults(run=run)
     return parser

@@ -1,6 +1,6 @@
-"""One self-contained HTML page from sections of text, tables and pictures: nothing is loaded from elsewhere.
+"""One self-contained HTML page of sections of text, tables and pictures: nothing is loaded from elsewhere.
 
-Only the page is made here; what is on it comes from run/analyze.py report.
+Its frame and its style are the template report.html; what is on the page comes from the command `report`.
 """
 
 import base64
@@ -8,14 +8,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
+from string import Template
 from typing import Any
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A PNG file's bytes, and the line under it."""
+class EmbeddedPng:
+    """A picture on the page: a PNG file's bytes, and the line under it."""
 
     png: bytes
     caption: str
@@ -26,7 +28,7 @@ class Picture:
 
     @property
     def width(self) -> int:
-        """Pixels, from the header."""
+        """Width in pixels, from the header."""
         return int.from_bytes(self.png[16:20], "big")
 
 
@@ -41,29 +43,35 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter: why it is there, its tables, its pictures, and the raw numbers to unfold."""
+    """A part of the page.
+
+    Attributes:
+        key: its anchor.
+        text: why it is there.
+        problem: why there is nothing to show.
+        raw: numbers in plain values, to unfold.
+        command: the command line that made it.
+    """
 
     key: str
     title: str
     text: str
     tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    problem: str = ""  # why there is nothing to show
+    pictures: tuple[EmbeddedPng, ...] = ()
+    problem: str = ""
     raw: Any = None
     command: str = ""
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section], footer: str = "") -> str:
-    """The page."""
-    links = "".join(f'<a href="#{escape(s.key)}">{escape(s.title)}</a>' for s in sections)
-    body = "".join(_section(section) for section in sections)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_CSS}</style></head><body>"
-        f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>"
-        f"<nav>{links}</nav><main>{body}</main><footer>{escape(footer)}</footer>"
-        f"<script>{_SCRIPT}</script></body></html>\n"
+    """The page: `report.html` with its places filled."""
+    template = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title),
+        subtitle=escape(subtitle),
+        links="".join(f'<a href="#{escape(section.key)}">{escape(section.title)}</a>' for section in sections),
+        sections="".join(_section(section) for section in sections),
+        footer=escape(footer),
     )
 
 
@@ -96,14 +104,14 @@ def _table(table: Table) -> str:
 
 
 def _cell(tag: str, value: Any, right: bool) -> str:
-    return f"<{tag}{' class=n' if right else ''}>{escape(show(value))}</{tag}>"
+    return f"<{tag}{' class=n' if right else ''}>{escape(cell_text(value))}</{tag}>"
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def show(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell's text: four significant digits of a float, a dash for nothing."""
     if value is None or (isinstance(value, float) and value != value):
         return "-"
@@ -113,7 +121,7 @@ def show(value: Any) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Floats of nested lists and dictionaries to six significant digits; no NaN, which json does not have."""
+    """Round floats of nested lists and dictionaries to six digits; NaN, which json does not have, becomes text."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else str(value)
     if isinstance(value, dict):
@@ -121,55 +129,10 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _picture(picture: Picture) -> str:
+def _picture(picture: EmbeddedPng) -> str:
     data = base64.b64encode(picture.png).decode("ascii")
     caption = escape(picture.caption)
     # pictures are drawn at 120 dots per inch; at 96 they have their natural size
     width = round(picture.width * 96 / 120)
     image = f'<img src="data:image/png;base64,{data}" alt="{caption}" style="width:{width}px" loading="lazy">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-
-
-def lookup(content: Any, path: str) -> Any:
-    """A value deep in nested dictionaries, by a path such as outliers/shared/share; None where it is missing."""
-    for key in path.split("/"):
-        if not isinstance(content, dict) or key not in content:
-            return None
-        content = content[key]
-    return content
-
-
-_CSS = """
-:root{--ink:#1f2328;--faint:#667079;--rule:#e3e6e9;--accent:#0072b2;--paper:#fff;--wash:#f6f7f9}
-*{box-sizing:border-box}html{scroll-behavior:smooth;scroll-padding-top:3.4rem}
-body{margin:0;background:var(--wash);color:var(--ink);
-font:15px/1.55 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif}
-header{max-width:74rem;margin:0 auto;padding:2.2rem 1.5rem 1rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .3rem;letter-spacing:-.01em}header p{margin:0;color:var(--faint)}
-nav{position:sticky;top:0;z-index:1;background:rgba(246,247,249,.94);border-bottom:1px solid var(--rule);
-padding:.55rem max(1.5rem,calc((100% - 71rem)/2));display:flex;flex-wrap:wrap;gap:.2rem 1.1rem}
-nav a{color:var(--accent);text-decoration:none;font-size:.92rem}nav a:hover{text-decoration:underline}
-main{max-width:74rem;margin:0 auto;padding:1rem 1.5rem}
-section{background:var(--paper);border:1px solid var(--rule);border-radius:8px;padding:1.2rem 1.5rem 1.4rem;
-margin:0 0 1.3rem}
-h2{font-size:1.22rem;margin:0 0 .4rem}section>p{max-width:52rem;margin:.2rem 0 1rem}
-.problem{color:var(--faint);border-left:3px solid var(--rule);padding-left:.8rem}
-.scroll{overflow-x:auto;margin:0 0 1rem}table{border-collapse:collapse;font-size:.88rem}
-caption{text-align:left;color:var(--faint);padding-bottom:.35rem}
-th,td{text-align:left;padding:.32rem .9rem .32rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
-th{font-weight:600;color:var(--faint);vertical-align:bottom}td:first-child{white-space:nowrap}
-.n{text-align:right;font-variant-numeric:tabular-nums}
-.figures{display:flex;flex-wrap:wrap;gap:1.5rem 2.2rem;align-items:flex-start;margin:1.2rem 0 1rem}
-figure{margin:0;max-width:100%}img{display:block;max-width:100%;height:auto;cursor:zoom-in}
-img.full{max-width:none;cursor:zoom-out}figure:has(img.full){overflow-x:auto}
-figcaption{color:var(--faint);font-size:.88rem;margin-top:.35rem;max-width:34rem}
-details{margin:.6rem 0}summary{cursor:pointer;color:var(--accent);font-size:.88rem}
-pre{max-height:24rem;overflow:auto;background:var(--wash);border:1px solid var(--rule);border-radius:6px;padding:.8rem;
-font-size:.78rem;line-height:1.4}
-.command{margin:.7rem 0 0}code{font-size:.8rem;color:var(--faint);overflow-wrap:anywhere}
-footer{max-width:74rem;margin:0 auto;padding:.5rem 1.5rem 2.5rem;color:var(--faint);font-size:.82rem}
-@media (max-width:40rem){section{padding:1rem}header,main{padding-left:.8rem;padding-right:.8rem}}
-@media print{nav{display:none}section{border:0;break-inside:avoid-page}body{background:#fff}}
-""".replace("\n", "")
-
-_SCRIPT = """document.addEventListener("click",e=>{if(e.target.tagName==="IMG")e.target.classList.toggle("full")})"""

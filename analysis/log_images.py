@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from torch import Tensor
 
-from models.merging import merge_by_map, unmerge
-from models.vit import MergingViT
+from models import MergingViT
 
-from .outliers import norms, per_patch
-from .walk import Layer, attention, final, to_grid, walk
+from .outliers import norms
+from .panels import Scale, draw_groups, mean_colours, to_picture
+from .walk import Layer, attention, final, per_patch, to_grid, walk
 
 SIDE = 224  # pixels of a picture, as far as whole patches allow
 GAP = 4
@@ -30,70 +29,55 @@ def log_images(model: MergingViT, images: Tensor, pictures: Tensor, writer: Any,
         images: (B,3,H,W) as the model sees them.
         pictures: (B,3,H,W) the same in [0, 1].
         writer: tensorboard's SummaryWriter.
+        step: of the training, for the writer.
     """
-    mode = model.training
+    training = model.training
     model.eval()
     try:
         for layer in walk(model, images):
             lengths = norms(layer.after.x)
-            writer.add_histogram(
-                f"norms/block_{layer.index}/patches", lengths[:, layer.num_prefix_tokens :].cpu().numpy(), step
-            )
-            for place, kind in enumerate(layer.token_types):
-                name = f"norms/{kind.replace(' ', '_')}/block_{layer.index}"
-                writer.add_scalar(name, float(lengths[:, place].mean()), step)
+            of_patches = lengths[:, layer.num_prefix_tokens :].cpu().numpy()
+            writer.add_histogram(f"norms/block_{layer.index}/patches", of_patches, step)
+            for index, token_type in enumerate(layer.token_types):
+                name = f"norms/{token_type.replace(' ', '_')}/block_{layer.index}"
+                writer.add_scalar(name, float(lengths[:, index].mean()), step)
         final_norms = norms(final(model, layer))[:, layer.num_prefix_tokens :]
         writer.add_histogram("norms/after_the_final_norm/patches", final_norms.cpu().numpy(), step)
         writer.add_image("pictures", sheet(layer, pictures), step, dataformats="HWC")
     finally:
-        model.train(mode)
+        model.train(training)
 
 
 def sheet(last: Layer, pictures: Tensor) -> np.ndarray:
-    """One row per image: input, merged tokens, norms, then attention of every prefix token; uint8 (height,width,3)."""
-    grid, rows = last.grid, []
-    length = to_grid(norms(last.after.x)[:, last.num_prefix_tokens :], last.after.group, grid).cpu()
-    looks = per_patch(attention(last)[:, :, : last.num_prefix_tokens].mean(dim=1), last).cpu()  # (B,P,gh,gw)
-    groups, pictures = last.after.group.cpu(), pictures.cpu()
-    for i, picture in enumerate(pictures):
-        panels = [_scaled(picture.permute(1, 2, 0).numpy(), grid), _merged(picture, groups[i], grid)]
-        panels += [_heat(length[i].numpy(), grid), *(_heat(look.numpy(), grid) for look in looks[i])]
-        rows.append(_joined(panels, axis=1))
-    return _joined(rows, axis=0)
+    """Draw a row per image: input, merged tokens, norms, then attention of every prefix token; uint8 (height,width,3).
+
+    Args:
+        last: the last block of a walk over the images.
+        pictures: (B,3,H,W) in [0, 1].
+    """
+    grid, pictures = last.grid, pictures.cpu()
+    cell = max(1, SIDE // max(grid))
+    group = last.after.group.cpu()
+    norm_maps = to_grid(norms(last.after.x)[:, last.num_prefix_tokens :], last.after.group, grid).cpu().numpy()
+    attended = per_patch(attention(last)[:, :, : last.num_prefix_tokens].mean(dim=1), last).cpu().numpy()  # (B,P,gh,gw)
+    colours = mean_colours(pictures, group, grid).unflatten(1, grid).numpy()
+    groups = group.unflatten(1, grid).numpy()
+    rows = []
+    for index, picture in enumerate(pictures):
+        panels = [to_picture(picture, grid, cell), draw_groups(colours[index], groups[index], cell, line=1)]
+        panels += [_heat(values, cell) for values in (norm_maps[index], *attended[index])]
+        rows.append(_with_gaps(panels, axis=1))
+    return _with_gaps(rows, axis=0)
 
 
-def _cell(grid: tuple[int, int]) -> int:
-    return max(1, SIDE // max(grid))
+def _heat(values: np.ndarray, cell: int) -> np.ndarray:
+    """A map (gh,gw) in colours from its lowest to its highest value, a patch being a square of `cell` pixels."""
+    colours = Scale(float(values.min()), float(values.max())).colours(values)
+    return np.kron((colours * 255).round().astype(np.uint8), np.ones((cell, cell, 1), dtype=np.uint8))
 
 
-def _scaled(picture: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(H,W,3) in [0, 1] by nearest neighbours to whole cells."""
-    height, width = (side * _cell(grid) for side in grid)
-    rows = np.arange(height) * picture.shape[0] // height
-    columns = np.arange(width) * picture.shape[1] // width
-    return (picture[rows][:, columns] * 255).round().astype(np.uint8)
-
-
-def _merged(picture: Tensor, group: Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """Every group of patches in its mean colour, with a dark line around it."""
-    colours = torch.nn.functional.adaptive_avg_pool2d(picture[None], grid).flatten(2).transpose(1, 2)
-    mean = unmerge(merge_by_map(colours, group[None], int(group.max()) + 1), group[None])[0]
-    cell = np.ones((_cell(grid), _cell(grid)), dtype=np.int64)
-    filled = np.kron(mean.view(*grid, 3).numpy(), cell[..., None])
-    labels = np.kron(group.view(grid).numpy(), cell)
-    edge = np.zeros(labels.shape, dtype=bool)
-    edge[1:] |= labels[1:] != labels[:-1]
-    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    return (np.where(edge[..., None], filled * 0.3, filled) * 255).round().astype(np.uint8)
-
-
-def _heat(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
-    colours = colormaps["viridis"]((values - low) / max(high - low, 1e-12))[..., :3]
-    return _scaled(colours, grid)
-
-
-def _joined(panels: list[np.ndarray], axis: int) -> np.ndarray:
+def _with_gaps(panels: list[np.ndarray], axis: int) -> np.ndarray:
+    """Join panels along an axis, with white between them."""
     shape = list(panels[0].shape)
     shape[axis] = GAP
     gap = np.full(shape, 255, dtype=np.uint8)

@@ -1,182 +1,233 @@
-"""analyze.py norms: lengths of class, register and patch tokens over the layers, and which patches are outliers."""
+"""Norms: lengths of class, register and patch tokens over the layers, and which patches are outliers.
+
+    result = norms.measure(model, images)
+    norms.draw(result).savefig("layers.png")
+    norms.summarise(result)["outliers"]["sigma:3"]["share"]
+
+Command: run/analyze.py norms. Shapes: n patches at the input, (gh,gw) the patch grid, K images that are drawn.
+"""
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from timm.models.vision_transformer import VisionTransformer
 
 from models import UserError
 
 from . import charts
-from .command import Images, Loaded, Output, add_command, load_models
-from .outliers import Histogram, Rule, bimodality, bin_edges, norms
-from .walk import final, to_grid, walk
+from .inputs import Images, as_list, batches, evaluation
+from .outliers import DEFAULT_RULE, Histogram, Rule, bimodality, bin_edges, norms
+from .walk import Layer, check_layer, final, layer_at, to_grid, walk
 
-RULES = ("quantile:0.98", "quantile:0.995", "sigma:3", "ratio:3")
+RULES = (Rule("quantile", 0.98), Rule("quantile", 0.995), Rule("sigma", 3), Rule("ratio", 3))
 DENSITY_BINS = 1024
 
 
-def add_parser(subparsers: Any) -> None:
-    text = "norms of class, register and patch tokens per layer; outliers under several rules"
-    parser = add_command(subparsers, "norms", run, text)
-    parser.add_argument("--outlier_rule", type=Rule.parse, default=Rule("quantile", 0.98), metavar="RULE")
-    parser.add_argument("--layer", type=int, default=-1, metavar="BLOCK", help="whose output (default: the last)")
-    parser.add_argument("--show", type=int, default=5, metavar="K", help="images drawn")
-
-
 @dataclass
-class Measured:
-    """Norms of one model over a set of images. Stage 0 is the input of the first block, stage i the output of block
-    i - 1, the last stage the tokens after the final norm."""
+class NormResult:
+    """Norms of a model's tokens over a set of images.
 
-    loaded: Loaded
-    kinds: tuple[str, ...]
-    patches: list[Histogram]  # per stage, every token once
-    prefix: list[dict[str, Histogram]]  # per stage
-    at_layer: np.ndarray  # (images,n) of the chosen layer, per patch of the input (merged tokens count as often)
-    images: int = 0
-    cuts: dict[str, float] = field(default_factory=dict)
+    Stage 0 is the input of the first block, stage i the output of block i - 1, the last stage the tokens after the
+    final norm.
+
+    Attributes:
+        label: the model's name in figures.
+        layer: block whose output outliers are judged by.
+        grid: (gh,gw).
+        token_types: names of the prefix tokens.
+        patches: per stage, the norms of all patch tokens, every token once.
+        prefix: per stage, the norms of each prefix token that is present there, by its name.
+        at_layer: (images,n) norms after block `layer`, per patch of the input: a merged token counts once per patch.
+    """
+
+    label: str
+    layer: int
+    grid: tuple[int, int]
+    token_types: tuple[str, ...]
+    patches: list[Histogram]
+    prefix: list[dict[str, Histogram]]
+    at_layer: np.ndarray
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.at_layer)
 
     @property
     def stages(self) -> list[str]:
+        """Names of the stages."""
         return ["input", *(str(index) for index in range(len(self.patches) - 2)), "final norm"]
 
+    @property
+    def stage(self) -> int:
+        """The stage after block `layer`."""
+        return self.layer + 1
 
-def run(own: Namespace, rest: Sequence[str]) -> None:
-    models = load_models(own, rest)
-    out = Output(own, rest, models)
-    measured = [measure(own, loaded, out) for loaded in models]
-    rules = [Rule.parse(text) for text in RULES]
-    rules += [own.outlier_rule] if own.outlier_rule not in rules else []
-    stage = _stage(own, measured[0])
-    shared = own.outlier_rule.cut(measured[0].patches[stage]), measured[0].patches[stage].quantile(0.5)
-    rows = [evaluate(one, rules, shared, _stage(own, one)) for one in measured]
-    out.json("norms", {"layer": own.layer, "outlier_rule": str(own.outlier_rule), "models": rows})
-    for one, row in zip(measured, rows, strict=True):
-        out.npz(f"norms_{one.loaded.slug}", _arrays(one, row, _stage(own, one)))
-    out.png("norms_layers", draw_layers(measured))
-    out.png("norms_histogram", draw_histogram(measured, rows, stage))
-    out.png("norms_kinds", draw_kinds(measured, own))
-    out.png("norms_positions", draw_positions(measured, rows))
-    if own.show > 0:
-        out.png("norms_images", draw_images(own, measured, rows))
+    @property
+    def judged(self) -> Histogram:
+        """Norms of patch tokens after block `layer`."""
+        return self.patches[self.stage]
 
 
-def _stage(own: Namespace, one: Measured) -> int:
-    return own.layer % len(one.loaded.model.blocks) + 1
-
-
-def measure(own: Namespace, loaded: Loaded, out: Output) -> Measured:
-    """One pass over the images; memory holds histograms, a file on the disk the norms of the chosen layer."""
-    model, depth = loaded.model, len(loaded.model.blocks)
-    if not -depth <= own.layer < depth:
-        raise UserError(f"--layer is {own.layer}, but {loaded.label} has blocks 0..{depth - 1} (or -{depth}..-1)")
-    images = Images(own, loaded, title=f"norms of {loaded.label}")
-    kinds = model.token_types()
-    file = out.folder / f"norms_{loaded.slug}.npy"
-    shape = (len(images), model.patch_embed.num_patches)
-    at_layer = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-    at_layer[:] = np.nan
-    empty: list[dict[str, Histogram]] = [{} for _ in range(depth + 2)]
-    found = Measured(loaded, kinds, [Histogram() for _ in range(depth + 2)], empty, at_layer)
-    for batch in images:
-        for layer in walk(model, batch.images):
-            if layer.index == 0:
-                _count(found, 0, norms(layer.before.x), layer.num_prefix_tokens, layer.token_types)
-            lengths = norms(layer.after.x)
-            _count(found, layer.index + 1, lengths, layer.num_prefix_tokens, layer.token_types)
-            if layer.index == own.layer % depth:
-                grid = to_grid(lengths[:, layer.num_prefix_tokens :], layer.after.group, layer.grid)
-                at_layer[found.images : found.images + len(grid)] = grid.flatten(1).cpu().numpy()
-        _count(found, depth + 1, norms(final(model, layer)), layer.num_prefix_tokens, layer.token_types)
-        found.images += len(batch.images)
-    if not found.images:
-        raise UserError("none of the images can be read")
-    found.at_layer = at_layer[: found.images]
-    return found
-
-
-def _count(found: Measured, stage: int, lengths: torch.Tensor, prefix: int, kinds: Sequence[str]) -> None:
-    if not lengths.isfinite().all():
-        raise UserError(
-            f"{found.loaded.label}: tokens of stage {found.stages[stage]} are not finite; check its weights"
-        )
-    found.patches[stage].add(lengths[:, prefix:])
-    for index, kind in enumerate(kinds):
-        found.prefix[stage].setdefault(kind, Histogram()).add(lengths[:, index])
-
-
-def evaluate(one: Measured, rules: Sequence[Rule], shared: tuple[float, float], stage: int) -> dict[str, Any]:
-    """Numbers of one model, with its own cuts and the baseline's, as it is and scaled by the medians.
+@torch.no_grad()
+def measure(
+    model: VisionTransformer,
+    images: Images,
+    *,
+    layer: int = -1,
+    label: str = "model",
+    store: np.ndarray | None = None,
+) -> NormResult:
+    """Measure the norms of all tokens of all layers, in one pass over the images.
 
     Args:
-        shared: cut and median of the baseline.
-        stage: the chosen one.
+        model: a `MergingViT`, or a timm ViT that it can be made of.
+        images: (B,3,H,W) as the model sees them, or batches of them, all of one size.
+        layer: block after which outliers are judged; -1 is the last.
+        store: array (at least as many rows as images, n) that takes the norms of single patches, for instance a memmap:
+            all else is histograms, so that memory then does not grow with the number of images.
+
+    Raises:
+        UserError: there is no image or no such layer, or tokens are not finite.
     """
-    histogram, (cut, median) = one.patches[stage], shared
-    one.cuts = {str(rule): rule.cut(histogram) for rule in rules}
-    cuts = one.cuts | {"shared": cut, "shared_scaled": cut * histogram.quantile(0.5) / median}
-    tables = {
-        name: {"patches": patches.summary()} | {kind: held.summary() for kind, held in prefix.items()}
-        for name, patches, prefix in zip(one.stages, one.patches, one.prefix, strict=True)
+    with evaluation(model) as model:
+        layer, depth = check_layer(model, layer, label=label), len(model.blocks)
+        prefix: list[dict[str, Histogram]] = [{} for _ in range(depth + 2)]
+        result = NormResult(
+            label, layer, (0, 0), model.token_types(), [Histogram() for _ in range(depth + 2)], prefix, np.empty(0)
+        )
+        parts: list[np.ndarray] = []
+        done = 0
+        for batch in batches(images, model):
+            at_layer = _measure_batch(result, model, batch)
+            if store is None:
+                parts.append(at_layer)
+            else:
+                store[done : done + len(batch)] = at_layer
+            done += len(batch)
+    if not done:
+        raise UserError("none of the images can be read")
+    result.at_layer = np.concatenate(parts) if store is None else store[:done]
+    return result
+
+
+def _measure_batch(result: NormResult, model: Any, images: torch.Tensor) -> np.ndarray:
+    """Count the norms of a batch in all stages; return those of the patches (B,n) after the chosen block."""
+    for layer in walk(model, images):
+        if layer.index == 0:
+            _count(result, 0, norms(layer.before.x), layer)
+        lengths = norms(layer.after.x)
+        _count(result, layer.index + 1, lengths, layer)
+        if layer.index == result.layer:
+            at_layer = to_grid(lengths[:, layer.num_prefix_tokens :], layer.after.group, layer.grid)
+    _count(result, len(result.patches) - 1, norms(final(model, layer)), layer)
+    result.grid = layer.grid
+    return at_layer.flatten(1).cpu().numpy()
+
+
+def _count(result: NormResult, stage: int, lengths: torch.Tensor, layer: Layer) -> None:
+    if not lengths.isfinite().all():
+        raise UserError(f"{result.label}: tokens of stage {result.stages[stage]} are not finite; check its weights")
+    result.patches[stage].add(lengths[:, layer.num_prefix_tokens :])
+    for index, token_type in enumerate(layer.token_types):
+        result.prefix[stage].setdefault(token_type, Histogram()).add(lengths[:, index])
+
+
+@torch.no_grad()
+def norm_maps(model: VisionTransformer, images: Images, *, layer: int = -1) -> np.ndarray:
+    """Norms of the patch tokens after a block, for a few images (K,3,H,W): (K,gh,gw)."""
+    maps = []
+    with evaluation(model) as model:
+        for batch in batches(images, model):
+            chosen = layer_at(model, batch, layer)
+            lengths = norms(chosen.after.x)[:, chosen.num_prefix_tokens :]
+            maps.append(to_grid(lengths, chosen.after.group, chosen.grid).cpu().numpy())
+    return np.concatenate(maps)
+
+
+def summarise(result: NormResult, rule: Rule = DEFAULT_RULE, baseline: NormResult | None = None) -> dict[str, Any]:
+    """Numbers of one model: every stage's norms, its outliers under several cuts, and how bimodal the norms are.
+
+    Args:
+        rule: one more rule beside `RULES`.
+        baseline: the model whose cut under `rule` is applied to this one too, as it is ("shared") and scaled by the
+            ratio of the medians ("shared_scaled"); None: the model itself.
+    """
+    histogram, other = result.judged, (baseline or result).judged
+    shared = rule.cut(other)
+    cuts = {str(rule): rule.cut(histogram) for rule in (*RULES, rule)}
+    cuts["shared"], cuts["shared_scaled"] = shared, shared * histogram.quantile(0.5) / other.quantile(0.5)
+    stages = {
+        name: {"patches": patches.summary(), **{token: lengths.summary() for token, lengths in prefix.items()}}
+        for name, patches, prefix in zip(result.stages, result.patches, result.prefix, strict=True)
     }
-    outliers = {name: {"cut": cut, **_outliers(one, histogram, cut)} for name, cut in cuts.items()}
-    row = {"label": one.loaded.label, "n_images": one.images, "outliers": outliers}
-    return row | {"bimodality": bimodality(histogram), "stages": tables}
+    return {
+        "label": result.label,
+        "n_images": result.images,
+        "outliers": {name: {"cut": cut, **outlier_shares(result, cut)} for name, cut in cuts.items()},
+        "bimodality": bimodality(histogram),
+        "stages": stages,
+    }
 
 
-def _outliers(one: Measured, histogram: Histogram, cut: float) -> dict[str, float]:
-    """Of patches, exact; of tokens (the same where nothing merged), with the cut at the edge of a bin."""
-    per_image = np.array([(row > cut).sum() for row in one.at_layer])
-    found = {"share": per_image.mean() / one.at_layer.shape[1], "token_share": histogram.share_above(cut)}
-    found |= {"per_image": per_image.mean(), "images_without": (per_image == 0).mean()}
-    return {name: float(value) for name, value in found.items()}
+def outlier_shares(result: NormResult, cut: float) -> dict[str, float]:
+    """Measure how much lies above a cut after the chosen block.
+
+    Returns:
+        share: of the patches, which is exact; a merged token counts once per patch.
+        token_share: of the tokens, the same where nothing merged; the cut is moved to the nearest edge of a bin.
+        per_image: patches above the cut in an image, the mean.
+        images_without: share of images without any.
+    """
+    per_image = np.array([(lengths > cut).sum() for lengths in result.at_layer])
+    return {
+        "share": float(per_image.mean() / result.at_layer.shape[1]),
+        "token_share": float(result.judged.share_above(cut)),
+        "per_image": float(per_image.mean()),
+        "images_without": float((per_image == 0).mean()),
+    }
 
 
-def _arrays(one: Measured, row: dict[str, Any], stage: int) -> dict[str, np.ndarray]:
-    arrays = {"patch_counts": np.stack([h.rebinned(DENSITY_BINS) for h in one.patches])}
-    arrays |= {"bin_edges": bin_edges(DENSITY_BINS), "stages": np.array(one.stages), "chosen_stage": np.array(stage)}
-    for kind in one.kinds:
-        held = [prefix.get(kind) for prefix in one.prefix]
-        arrays[f"mean_{kind.replace(' ', '_')}"] = np.array([np.nan if h is None else h.mean for h in held])
-    cut = row["outliers"]["shared"]["cut"]
-    return arrays | {"outlier_frequency": position_frequency(one, cut)}
+def outlier_frequency(result: NormResult, cut: float) -> np.ndarray:
+    """Share of images whose token at a patch is above the cut: (gh,gw)."""
+    total = np.zeros(result.at_layer.shape[1])
+    for lengths in result.at_layer:
+        total += lengths > cut
+    return (total / result.images).reshape(result.grid)
 
 
-def position_frequency(one: Measured, cut: float) -> np.ndarray:
-    """Share of images whose token at a cell is an outlier: (gh,gw)."""
-    total = np.zeros(one.at_layer.shape[1])
-    for row in one.at_layer:
-        total += row > cut
-    return (total / one.images).reshape(one.loaded.model.patch_embed.grid_size)
+# Figures
 
 
 @charts.styled
-def draw_layers(measured: Sequence[Measured]) -> Figure:
-    """All patch norms per layer as a density, and the prefix tokens as lines."""
-    title = "Token norms over the layers"
-    figure, axes = charts.new_figure(1, len(measured), 5.4, 4.0, title, sharey=True)
+def draw(results: NormResult | Sequence[NormResult]) -> Figure:
+    """Draw patch norms of every layer as a density, and the prefix tokens as lines; a panel per model."""
+    results = as_list(results)
+    figure, axes = charts.new_figure(1, len(results), 5.4, 4.0, "Token norms over the layers", sharey=True)
     edges = bin_edges(DENSITY_BINS)
-    counts = [np.stack([h.rebinned(DENSITY_BINS) for h in one.patches[:-1]]) for one in measured]
-    filled = np.nonzero(np.sum([c.sum(axis=0) for c in counts], axis=0))[0]
+    counts = [np.stack([lengths.rebinned(DENSITY_BINS) for lengths in result.patches[:-1]]) for result in results]
+    filled = np.nonzero(np.sum([count.sum(axis=0) for count in counts], axis=0))[0]
     # without the input: fresh registers enter so short that the scale would be theirs alone
-    prefix_means = [h.mean for one in measured for held in one.prefix[1:-1] for h in held.values()]
+    prefix_means = [lengths.mean for result in results for stage in result.prefix[1:-1] for lengths in stage.values()]
     low, high = edges[filled[0]], edges[filled[-1] + 1]
     limits = min([low, *prefix_means]) * 0.85, max([high, *prefix_means]) * 1.15
-    for ax, one, count in zip(axes[0], measured, counts, strict=True):
-        mesh = charts.density(ax, count / one.images, edges)
+    for ax, result, count in zip(axes[0], results, counts, strict=True):
+        mesh = charts.density(ax, count / result.images, edges)
         x = np.arange(len(count))
-        ax.plot(x, [h.quantile(0.5) for h in one.patches[:-1]], color="white", lw=3)
-        ax.plot(x, [h.quantile(0.5) for h in one.patches[:-1]], color=charts.INK, label="patches, median")
-        _draw_prefix(ax, one)
-        ax.set_title(f"{one.loaded.label}  ({one.images} images)")
+        medians = [lengths.quantile(0.5) for lengths in result.patches[:-1]]
+        ax.plot(x, medians, color="white", lw=3)
+        ax.plot(x, medians, color=charts.INK, label="patches, median")
+        _draw_prefix(ax, result)
+        ax.set_title(f"{result.label}  ({result.images} images)")
         ax.set_ylim(*limits)
-        ax.set_xticks(x[:: max(1, len(x) // 13)], [one.stages[i] for i in x[:: max(1, len(x) // 13)]])
+        ticks = x[:: max(1, len(x) // 13)]
+        ax.set_xticks(ticks, [result.stages[i] for i in ticks])
         ax.set_xlabel("output of block (before the final norm)")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
     axes[0, 0].set_ylabel("L2 norm")
@@ -184,85 +235,75 @@ def draw_layers(measured: Sequence[Measured]) -> Figure:
     return figure
 
 
-def _draw_prefix(ax: Axes, one: Measured) -> None:
-    """A line per prefix token; registers share one colour and one label."""
+def _draw_prefix(ax: Axes, result: NormResult) -> None:
+    """Draw a line per prefix token; registers share one colour and one label."""
     labelled = set()
-    for kind in one.kinds:
-        name = "registers" if kind.startswith("register") else kind
-        y = [held[kind].mean if kind in held else np.nan for held in one.prefix[:-1]]
+    for token_type in result.token_types:
+        name = "registers" if token_type.startswith("register") else token_type
+        y = [stage[token_type].mean if token_type in stage else np.nan for stage in result.prefix[:-1]]
         label = None if name in labelled else name + (", mean" if name != "registers" else ", mean of each")
         labelled.add(name)
-        ax.plot(np.arange(len(y)), y, color=charts.kind_colour(kind), label=label, marker="o", ms=3)
+        ax.plot(np.arange(len(y)), y, color=charts.token_colour(token_type), label=label, marker="o", ms=3)
 
 
 @charts.styled
-def draw_histogram(measured: Sequence[Measured], rows: Sequence[dict[str, Any]], stage: int) -> Figure:
-    """Patch norms of the chosen layer, all models on the same bins, with the shared and the own cuts."""
+def draw_histogram(results: NormResult | Sequence[NormResult], rule: Rule = DEFAULT_RULE) -> Figure:
+    """Draw patch norms of the chosen layer, all models on the same bins, with the first model's cut and their own."""
+    results = as_list(results)
     figure, axes = charts.new_figure(1, 1, 7.0, 3.8)
-    ax = axes[0, 0]
-    low, high = (f([f(one.at_layer) for one in measured]) for f in (min_, max_))
+    ax, shared = axes[0, 0], rule.cut(results[0].judged)
+    low = min(float(result.at_layer.min()) for result in results)
+    high = max(float(result.at_layer.max()) for result in results)
     edges = np.linspace(low, high * 1.0001 + 1e-9, 101)
-    for index, (one, row) in enumerate(zip(measured, rows, strict=True)):
+    for index, result in enumerate(results):
         colour = charts.colour_of(index)
-        share = np.histogram(one.at_layer, edges)[0] / one.at_layer.size
-        above = 100 * row["outliers"]["shared"]["share"]
-        ax.stairs(share, edges, color=colour, lw=1.6, label=f"{one.loaded.label}: {above:.2f} % above the shared cut")
+        share = np.histogram(result.at_layer, edges)[0] / result.at_layer.size
+        above = 100 * outlier_shares(result, shared)["share"]
+        ax.stairs(share, edges, color=colour, lw=1.6, label=f"{result.label}: {above:.2f} % above the shared cut")
         ax.stairs(share, edges, color=colour, alpha=0.12, fill=True)
     ax.set_yscale("log")
-    shared = rows[0]["outliers"]["shared"]["cut"]
-    ax.axvline(shared, color=charts.INK, lw=1.4, label=f"shared cut {shared:.1f} (of {measured[0].loaded.label})")
-    for rule, style in (("sigma:3", "--"), ("ratio:3", ":")):
-        for index, one in enumerate(measured):
-            ax.axvline(one.cuts[rule], color=charts.colour_of(index), lw=1, ls=style)
-        ax.plot([], [], color=charts.FAINT, lw=1, ls=style, label=f"own cut {rule}")
+    ax.axvline(shared, color=charts.INK, lw=1.4, label=f"shared cut {shared:.1f} (of {results[0].label})")
+    for own_rule, style in ((Rule("sigma", 3), "--"), (Rule("ratio", 3), ":")):
+        for index, result in enumerate(results):
+            ax.axvline(own_rule.cut(result.judged), color=charts.colour_of(index), lw=1, ls=style)
+        ax.plot([], [], color=charts.FAINT, lw=1, ls=style, label=f"own cut {own_rule}")
     ax.set_xlim(low, max(high, shared) * 1.02)
-    ax.set_title(f"Norms of patch tokens after block {measured[0].stages[stage]}")
+    ax.set_title(f"Norms of patch tokens after block {results[0].layer}")
     ax.set_xlabel("L2 norm")
     ax.set_ylabel("share of patches")
     ax.legend(loc="upper right")
     return figure
 
 
-def min_(values: Any) -> float:
-    return float(np.min(values))
-
-
-def max_(values: Any) -> float:
-    return float(np.max(values))
-
-
 @charts.styled
-def draw_kinds(measured: Sequence[Measured], own: Namespace) -> Figure:
-    """Spread of every kind of token at the chosen layer: box = quartiles, whiskers = 1 % and 99 %."""
-    names = [*dict.fromkeys(kind for one in measured for kind in one.kinds), "patches"]
+def draw_token_types(results: NormResult | Sequence[NormResult]) -> Figure:
+    """Draw the spread of every type of token at the chosen layer: box = quartiles, whiskers = 1 % and 99 %."""
+    results = as_list(results)
+    names = [*dict.fromkeys(token_type for result in results for token_type in result.token_types), "patches"]
     figure, axes = charts.new_figure(1, 1, max(4.0, 1.2 + 0.75 * len(names)), 3.4)
     ax = axes[0, 0]
-    width = 0.7 / len(measured)
-    for index, one in enumerate(measured):
-        stage = _stage(own, one)
-        held = one.prefix[stage] | {"patches": one.patches[stage]}
-        places = [i for i, name in enumerate(names) if name in held]
-        boxes = [_box(held[names[i]]) for i in places]
-        shift = (index - (len(measured) - 1) / 2) * width
+    width = 0.7 / len(results)
+    for index, result in enumerate(results):
+        histograms = {**result.prefix[result.stage], "patches": result.judged}
+        shift = (index - (len(results) - 1) / 2) * width
         colour = charts.colour_of(index)
-        face = dict(facecolor=colour, alpha=0.35, edgecolor=colour)
         line = dict(color=colour)
         ax.bxp(
-            boxes,
-            positions=[place + shift for place in places],
+            [_box(histograms[name]) for name in names if name in histograms],
+            positions=[position + shift for position, name in enumerate(names) if name in histograms],
             widths=width * 0.8,
             showfliers=False,
             patch_artist=True,
-            boxprops=face,
+            boxprops=dict(facecolor=colour, alpha=0.35, edgecolor=colour),
             medianprops=line,
             whiskerprops=line,
             capprops=line,
         )
-        ax.plot([], [], color=colour, lw=5, alpha=0.5, label=one.loaded.label)
+        ax.plot([], [], color=colour, lw=5, alpha=0.5, label=result.label)
     ax.set_xticks(range(len(names)), names)
     charts.plain_log(ax)
     ax.set_ylabel("L2 norm")
-    ax.set_title(f"Norms after block {measured[0].stages[_stage(own, measured[0])]}, by kind of token")
+    ax.set_title(f"Norms after block {results[0].layer}, by kind of token")
     ax.set_xlabel("box: quartiles, whiskers: 1 % to 99 %", fontsize=7.5, color=charts.FAINT)
     ax.legend(loc="best")
     return figure
@@ -273,61 +314,101 @@ def _box(histogram: Histogram) -> dict[str, float]:
     return {name: histogram.quantile(q) for name, q in names.items()}
 
 
-def draw_positions(measured: Sequence[Measured], rows: Sequence[dict[str, Any]]) -> Figure:
-    """Where outliers sit: share of images with an outlier at each cell, under the shared cut."""
-    maps = [position_frequency(one, row["outliers"]["shared"]["cut"]) for one, row in zip(measured, rows, strict=True)]
-    return _positions_figure(maps, measured)
-
-
 @charts.styled
-def _positions_figure(maps: Sequence[np.ndarray], measured: Sequence[Measured]) -> Figure:
+def draw_positions(results: NormResult | Sequence[NormResult], rule: Rule = DEFAULT_RULE) -> Figure:
+    """Draw where outliers sit: share of images with an outlier at each patch, under the first model's cut."""
+    results = as_list(results)
+    maps = [outlier_frequency(result, rule.cut(results[0].judged)) for result in results]
     figure, axes = charts.new_figure(1, len(maps), 3.4, 3.1, "Where outliers sit (shared cut)")
-    top = max(float(np.max(maps_)) for maps_ in maps) * 100 or 1.0
-    for ax, values, one in zip(axes[0], maps, measured, strict=True):
-        drawn = charts.show_map(ax, values * 100, one.loaded.label, (0, top), "magma")
+    top = max(float(np.max(frequency)) for frequency in maps) * 100 or 1.0
+    for ax, frequency, result in zip(axes[0], maps, results, strict=True):
+        drawn = charts.show_map(ax, frequency * 100, result.label, (0, top), "magma")
     charts.colour_bar(figure, drawn, axes[0].tolist(), "% of images")
     return figure
 
 
-def draw_images(own: Namespace, measured: Sequence[Measured], rows: Sequence[dict[str, Any]]) -> Figure:
-    """Some images and their norm maps, one scale per model, outliers (shared cut) outlined."""
-    cells: list[list[Any]] = []
-    for index, (one, row) in enumerate(zip(measured, rows, strict=True)):
-        cut, line = row["outliers"]["shared"]["cut"], 0
-        images = Images(own, one.loaded, title=f"pictures of {one.loaded.label}", limit=own.show)
-        stage = one.patches[_stage(own, one)]
-        limits = (stage.quantile(0.001), max(stage.quantile(0.995), stage.quantile(0.5) * 1.2))
-        for batch in images:
-            for picture, values in zip(
-                images.pictures(batch.images), _maps(own, one.loaded, batch.images), strict=True
-            ):
-                if index == 0:
-                    cells.append([_image_cell(picture)])
-                cells[line].append(_map_cell(values, limits, cut))
-                line += 1
-    columns = ["input", *(one.loaded.label for one in measured)]
-    block = measured[0].stages[_stage(own, measured[0])]
-    note = f"norm of patch tokens after block {block}; red: above the shared cut"
-    return charts.picture_table(cells, columns, note=note)
+def draw_images(
+    results: NormResult | Sequence[NormResult],
+    pictures: np.ndarray,
+    maps: np.ndarray | Sequence[np.ndarray],
+    rule: Rule = DEFAULT_RULE,
+) -> Figure:
+    """Draw some images and their norm maps, one scale per model; outliers under the first model's cut are outlined.
+
+    Args:
+        pictures: (K,H,W,3) the images in [0, 1].
+        maps: (K,gh,gw) of `norm_maps`, for each result.
+    """
+    results = as_list(results)
+    maps = [maps] if isinstance(maps, np.ndarray) else maps
+    cut = rule.cut(results[0].judged)
+    cells = [[charts.image_cell(picture)] for picture in pictures]
+    for result, norm_maps_ in zip(results, maps, strict=True):
+        median = result.judged.quantile(0.5)
+        limits = (result.judged.quantile(0.001), max(result.judged.quantile(0.995), median * 1.2))
+        for row, values in zip(cells, norm_maps_, strict=True):
+            row.append(charts.map_cell(values, limits, values > cut))
+    note = f"norm of patch tokens after block {results[0].layer}; red: above the shared cut"
+    return charts.picture_table(cells, ["input", *(result.label for result in results)], note=note)
 
 
-def _maps(own: Namespace, loaded: Loaded, images: torch.Tensor) -> np.ndarray:
-    for layer in walk(loaded.model, images):
-        if layer.index == own.layer % len(loaded.model.blocks):
-            return (
-                to_grid(norms(layer.after.x)[:, layer.num_prefix_tokens :], layer.after.group, layer.grid).cpu().numpy()
-            )
-    raise AssertionError("the layer was checked before")
+# Command
 
 
-def _image_cell(picture: np.ndarray) -> Any:
-    return lambda ax: charts.show_image(ax, picture)
+def add_parser(subparsers: Any) -> None:
+    """Add the command `norms`."""
+    from .command import add_command
+
+    text = "norms of class, register and patch tokens per layer; outliers under several rules"
+    parser = add_command(subparsers, "norms", run, text)
+    parser.add_argument("--outlier_rule", type=Rule.parse, default=DEFAULT_RULE, metavar="RULE")
+    parser.add_argument("--layer", type=int, default=-1, metavar="BLOCK", help="whose output (default: the last)")
+    parser.add_argument("--show", type=int, default=5, metavar="K", help="images drawn")
 
 
-def _map_cell(values: np.ndarray, limits: tuple[float, float], cut: float) -> Any:
-    def draw(ax: Axes) -> None:
-        charts.show_map(ax, values, limits=limits)
-        for row, column in np.argwhere(values > cut):
-            charts.mark_patch(ax, (int(row), int(column)))
+def run(args: Namespace, main_argv: Sequence[str]) -> None:
+    """Measure all models and write norms.json, an npz and an npy per model, and the figures."""
+    from .command import Images, Output, load_models
 
-    return draw
+    models = load_models(args, main_argv)
+    for loaded in models:
+        check_layer(loaded.model, args.layer, "--layer", loaded.label)
+    out = Output(args, main_argv, models)
+    results = []
+    for loaded in models:
+        images = Images(args, loaded, title=f"norms of {loaded.label}")
+        store = out.memmap(f"norms_{loaded.slug}", (len(images), loaded.model.patch_embed.num_patches))
+        results.append(measure(loaded.model, images, layer=args.layer, label=loaded.label, store=store))
+    rows = [summarise(result, args.outlier_rule, results[0]) for result in results]
+    out.json("norms", {"layer": args.layer, "outlier_rule": str(args.outlier_rule), "models": rows})
+    cut = args.outlier_rule.cut(results[0].judged)
+    for loaded, result in zip(models, results, strict=True):
+        out.npz(f"norms_{loaded.slug}", arrays(result, cut))
+    out.png("norms_layers", draw(results))
+    out.png("norms_histogram", draw_histogram(results, args.outlier_rule))
+    out.png("norms_kinds", draw_token_types(results))
+    out.png("norms_positions", draw_positions(results, args.outlier_rule))
+    if args.show > 0:
+        shown = [Images(args, loaded, title=f"pictures of {loaded.label}", limit=args.show).load() for loaded in models]
+        maps = [
+            norm_maps(loaded.model, images, layer=args.layer) for loaded, (images, _) in zip(models, shown, strict=True)
+        ]
+        out.png("norms_images", draw_images(results, shown[0][1], maps, args.outlier_rule))
+
+
+def arrays(result: NormResult, cut: float) -> dict[str, np.ndarray]:
+    """Arrays of the npz: histograms of the patches, means of the prefix tokens per stage, and where outliers sit."""
+    means = {
+        f"mean_{name.replace(' ', '_')}": np.array(
+            [stage[name].mean if name in stage else np.nan for stage in result.prefix]
+        )
+        for name in result.token_types
+    }
+    return {
+        "patch_counts": np.stack([lengths.rebinned(DENSITY_BINS) for lengths in result.patches]),
+        "bin_edges": bin_edges(DENSITY_BINS),
+        "stages": np.array(result.stages),
+        "chosen_stage": np.array(result.stage),
+        **means,
+        "outlier_frequency": outlier_frequency(result, cut),
+    }

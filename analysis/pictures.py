@@ -1,40 +1,54 @@
-"""Pictures of merged tokens: what every block leaves of an image's patches, and panels that show it.
+"""Merged tokens: what every block leaves of an image's patches, in numbers and pictures.
 
-Panels are arrays (gh*cell, gw*cell, 3) of uint8, a patch being a square of `cell` pixels.
+    result = pictures.measure(model, images)
+    pictures.draw(result, views=("groups", "sizes", "pairs")).save("merged.png")
 
-Shapes: B images, n patches, (gh,gw) the patch grid with n = gh * gw, r merged tokens of a block.
+Command: run/visualize.py merged. Pictures are Pillow's, made of the panels in `panels`.
+
+Shapes: B images, n patches, (gh,gw) the patch grid with n = gh * gw, r merged tokens of a block, L blocks.
 """
 
-import colorsys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib import colormaps
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from models.blocks import AFTER_MLP, ATTEND_AGAIN, ONE_STEP_AHEAD, Candidates, Readout, attention_residual, mlp_residual
 from models.errors import UserError
-from models.merging import Merge, merge_by_map, unmerge
+from models.merging import Merge
 from models.methods import METHODS, Method
+from models.schedule import format_schedule
 from models.vit import MergingViT
 
-from .charts import HEAT
-from .walk import Layer, patch_grid, walk
+from .inputs import Images, evaluation
+from .panels import Scale, draw_groups, draw_heat, draw_pairs, lay_out, mean_colours, stretch, to_picture
+from .walk import Layer, in_parts, patch_grid, walk
 
-MAP_BYTES = 2**28  # of one block's attention maps: more images than that are run in parts
-MANY = 6  # patches of a merged token: one with more has a single line, else lines would hide everything
-DARK, BRIGHT = (20, 20, 20, 200), (255, 255, 255, 255)
-FINE = 2  # lines are drawn this many times as large, and then reduced
+VIEWS = ("groups", "sizes", "pairs", "criteria")
+CRITERIA = ("attention", "size", "similarity")  # those that are drawn; `arrays` has the others too
+LABELS = {
+    "groups": "groups in their mean colour",
+    "sizes": "patches per token",
+    "pairs": "merged in the block: lines lead to the token joined",
+    "attention": "attention received (1: an equal share)",
+    "size": "size factor (1: merges readily)",
+    "similarity": "similarity of the best partner",
+}
+SHORT = {"sizes": "patches per token", "attention": "attention", "size": "size factor", "similarity": "similarity"}
+PANEL = 336  # pixels that a picture is scaled to, as far as whole patches allow
+MIN_CELL = 8  # pixels of a patch, at least
+CLIP = 0.01  # share of values beyond either end of a criterion's colours: few would hide what the others do
+WIDE = 14  # pixels of a patch from which outlines have two
+MAX_PIXELS = 100_000_000  # of a picture
+FRAME_PANEL, FRAME_IMAGES = 224, 4  # of a frame, at most: some 1600 x 1000 pixels
 
 
 @dataclass(frozen=True)
-class State:
+class BlockMerge:
     """What one block did to the patches of B images; on the CPU."""
 
     index: int
@@ -50,12 +64,12 @@ class State:
         return int(self.group.max()) + 1
 
 
-# State of every block
+# Mathematics
 
 
 @torch.no_grad()
-def block_states(model: MergingViT, images: Tensor, criteria: Collection[int] = ()) -> list[State]:
-    """The state of every block, for images (B,3,H,W) on any device, run in parts of bounded memory.
+def block_merges(model: MergingViT, images: Tensor, criteria: Collection[int] = ()) -> list[BlockMerge]:
+    """Follow the patches of images (B,3,H,W), on any device, through every block; run in parts of bounded memory.
 
     Args:
         model: in evaluation mode.
@@ -69,40 +83,33 @@ def block_states(model: MergingViT, images: Tensor, criteria: Collection[int] = 
         raise UserError(f"only --merge {users} has criteria, not {model.merge.method}; leave out the view criteria")
     device = next(model.parameters()).device
     parts = []
-    for part in images.split(_images_at_once(model, images)):
+    for part in in_parts(model, images):
         layers = walk(model, part.to(device))
-        parts.append([_state(layer, layer.index in criteria) for layer in layers])
-    return [_joined(states) for states in zip(*parts, strict=True)]
+        parts.append([_block_merge(layer, layer.index in criteria) for layer in layers])
+    return [_joined(blocks) for blocks in zip(*parts, strict=True)]
 
 
-def _images_at_once(model: MergingViT, images: Tensor) -> int:
-    rows, columns = patch_grid(model, images[:1])
-    tokens = rows * columns + model.num_prefix_tokens
-    heads = max(block.attn.num_heads for block in model.blocks)
-    return max(1, MAP_BYTES // (4 * int(heads) * tokens**2))
-
-
-def _state(layer: Layer, with_criteria: bool) -> State:
+def _block_merge(layer: Layer, with_criteria: bool) -> BlockMerge:
     size = layer.after.size[:, layer.num_prefix_tokens :].gather(1, layer.after.group)
     criteria = token_scores(layer) if with_criteria else {}
     grids = {name: values.gather(1, layer.before.group).cpu() for name, values in criteria.items()}
     pairs = _pairs(layer.merge, layer.num_prefix_tokens, layer.before.group)
-    return State(layer.index, layer.before.group.cpu(), layer.after.group.cpu(), size.cpu(), pairs.cpu(), grids)
+    return BlockMerge(layer.index, layer.before.group.cpu(), layer.after.group.cpu(), size.cpu(), pairs.cpu(), grids)
 
 
-def _pairs(step: Merge | None, prefix: int, group: Tensor) -> Tensor:
-    if step is None:
+def _pairs(merge: Merge | None, num_prefix_tokens: int, group: Tensor) -> Tensor:
+    if merge is None:
         return group.new_zeros(group.shape[0], 0, 2)
-    return torch.stack((step.source, step.keep.gather(1, step.into)), dim=2) - prefix
+    return torch.stack((merge.source, merge.keep.gather(1, merge.into)), dim=2) - num_prefix_tokens
 
 
-def _joined(parts: tuple[State, ...]) -> State:
-    """Several parts of the images in one."""
+def _joined(parts: tuple[BlockMerge, ...]) -> BlockMerge:
+    """One block's merges of all parts of the images."""
     tensors = {
         name: torch.cat([getattr(part, name) for part in parts]) for name in ("group_in", "group", "size", "pairs")
     }
     criteria = {name: torch.cat([part.criteria[name] for part in parts]) for name in parts[0].criteria}
-    return State(parts[0].index, **tensors, criteria=criteria)
+    return BlockMerge(parts[0].index, **tensors, criteria=criteria)
 
 
 def has_token_scores(rule: Method) -> bool:
@@ -127,144 +134,202 @@ def token_scores(layer: Layer) -> dict[str, Tensor]:
     return layer.rule.token_scores(Candidates(tokens, layer.plan, readout.keys, readout.score))
 
 
-# Panels
-
-
-def to_picture(image: Tensor, grid: tuple[int, int], cell: int) -> np.ndarray:
-    """An image (3,H,W) in [0, 1], scaled so that a patch has `cell` pixels."""
-    pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    scaled = Image.fromarray(pixels).resize((grid[1] * cell, grid[0] * cell), Image.Resampling.BICUBIC)
-    return np.asarray(scaled)
-
-
-def mean_colours(images: Tensor, group: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The mean colour of the group that each patch is in: images (B,3,H,W), group (B,n) -> (B,n,3)."""
-    patches = F.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2)
-    return unmerge(merge_by_map(patches, group, int(group.max()) + 1), group)
-
-
-def draw_groups(colours: np.ndarray, group: np.ndarray, cell: int, line: int = 2) -> np.ndarray:
-    """Fill each patch with its colour (gh,gw,3) in [0, 1] and outline the groups (gh,gw) by `line` pixels, 1 or 2."""
-    filled = np.kron(colours, np.ones((cell, cell, 1)))
-    labels = np.kron(group, np.ones((cell, cell), dtype=group.dtype))
-    edge = np.zeros(labels.shape, dtype=bool)
-    for axis in (0, 1):
-        first, second = (np.arange(labels.shape[axis] - 1) + offset for offset in (0, 1))
-        differs = np.take(labels, first, axis) != np.take(labels, second, axis)
-        near, far = np.moveaxis(edge, axis, 0)[:-1], np.moveaxis(edge, axis, 0)[1:]
-        if line > 1:
-            near |= np.moveaxis(differs, axis, 0)
-        far |= np.moveaxis(differs, axis, 0)
-    # dark outlines, except where the picture itself is too dark to show them
-    brightness = filled.mean(axis=2, keepdims=True)
-    outline = np.where(brightness > 0.22, filled * 0.2, 0.36)
-    return (np.where(edge[..., None], outline, filled) * 255).round().astype(np.uint8)
+# Measurement
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A colour scale from `low` to `high`, even in the value or in its logarithm."""
+class MergedTokensResult:
+    """What every block did to the patches of a few images.
 
-    low: float
-    high: float
-    log: bool = False
+    Attributes:
+        method, r: the merging, r as a command line writes it.
+        pictures: (B,3,H,W) the images in [0, 1].
+        captions: one per image.
+        grid: (gh,gw).
+        blocks: one per block of the model.
+    """
 
-    def place(self, values: np.ndarray) -> np.ndarray:
-        """Where values lie between the ends: 0 to 1."""
-        low, high = np.float64(self.low), np.float64(self.high)
-        if self.log:
-            values, low, high = np.log(np.maximum(values, low)), np.log(low), np.log(high)
-        return np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-
-    def colours(self, values: np.ndarray) -> np.ndarray:
-        """(...) -> (...,3) in [0, 1]."""
-        return colormaps[HEAT](self.place(values))[..., :3]
-
-    def ticks(self) -> list[float]:
-        """Round values inside the scale, for a legend."""
-        if self.high <= self.low:
-            return [self.low]
-        if not self.log:
-            ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)
-            return [float(tick) for tick in ticks if self.low <= tick <= self.high]
-        decades = range(int(np.floor(np.log10(self.low))), int(np.ceil(np.log10(self.high))) + 1)
-        steps = (1, 2, 5) if np.log10(self.high / self.low) < 3.5 else (1,)
-        every = [float(f"{step}e{decade}") for decade in decades for step in steps]
-        inside = [tick for tick in every if self.low * 0.999 <= tick <= self.high * 1.001]
-        return inside if len(inside) > 1 else [self.low, self.high]
+    label: str
+    method: str
+    r: str
+    num_registers: int
+    pictures: Tensor
+    captions: tuple[str, ...]
+    grid: tuple[int, int]
+    blocks: list[BlockMerge]
 
 
-def draw_heat(values: np.ndarray, group: np.ndarray, scale: Scale, cell: int) -> np.ndarray:
-    """A map (gh,gw) of one value per token, with the outlines of the tokens (gh,gw)."""
-    return draw_groups(scale.colours(values), group, cell, line=1)
-
-
-def draw_pairs(picture: np.ndarray, group: np.ndarray, pairs: np.ndarray, cell: int) -> np.ndarray:
-    """What merged into what: a line from each patch of a merged token (from a large one's middle) to the joined token.
-
-    The patches of all that becomes one token have one colour, paler in the token that was joined, which has a dot.
+def measure(
+    model: VisionTransformer,
+    images: Images,
+    *,
+    pictures: Tensor | None = None,
+    captions: Sequence[str] = (),
+    criteria: Collection[int] = (),
+    label: str = "model",
+) -> MergedTokensResult:
+    """Follow the patches of a few images through all blocks.
 
     Args:
-        picture: the panel of the image itself.
-        group: (gh,gw) incoming token of each patch.
-        pairs: (r,2) incoming tokens: merged, joined.
+        images: see `inputs.Images`; all of them are held in memory.
+        pictures: (B,3,H,W) the same in [0, 1]; None: each image scaled to that range.
+        captions: one per image; none: their numbers.
+        criteria: blocks whose criteria are wanted, for the view `criteria`.
+
+    Raises:
+        UserError: criteria of a method that has none.
     """
-    canvas = Image.fromarray(_faded(picture)).resize((picture.shape[1] * FINE, picture.shape[0] * FINE))
-    draw, side = ImageDraw.Draw(canvas, "RGBA"), cell * FINE
-    patches = {token: np.argwhere(group == token) for token in np.unique(pairs).tolist()}
-    colours = dict(zip(dict.fromkeys(pairs[:, 1].tolist()), _distinct_colours(), strict=False))
-    for joined, colour in colours.items():
-        _fill(draw, patches[joined], side, (*colour, 95))
-    lines = []
-    for merged, joined in pairs.tolist():
-        own, end = patches[merged], _middle(patches[joined])
-        _fill(draw, own, side, (*colours[joined], 175))
-        lines += [(start, end) for start in (own if len(own) <= MANY else [_middle(own)])]
-    unit = FINE * max(1.0, cell / 20)
-    _draw_lines(draw, lines, side, unit)
-    for joined, colour in colours.items():
-        (x, y), radius = _centre(_middle(patches[joined]), side), 4 * unit
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), (*colour, 255), BRIGHT, round(unit))
-    return np.asarray(canvas.resize(picture.shape[1::-1], Image.Resampling.LANCZOS))
+    with evaluation(model) as vit:
+        batch = (
+            images if isinstance(images, Tensor) else torch.cat([b if isinstance(b, Tensor) else b[0] for b in images])
+        )
+        return MergedTokensResult(
+            label,
+            vit.merge.method,
+            format_schedule(vit.merge.r),
+            vit.num_registers,
+            stretch(batch).cpu() if pictures is None else pictures.cpu(),
+            tuple(captions) or tuple(f"image {index + 1}" for index in range(len(batch))),
+            patch_grid(vit, batch),
+            block_merges(vit, batch, criteria),
+        )
 
 
-def _draw_lines(draw: ImageDraw.ImageDraw, lines: Sequence[tuple[Any, Any]], side: int, unit: float) -> None:
-    """White ones with dark rims, which all lie under all lines."""
-    for width, colour in ((3.2, DARK), (1.4, BRIGHT)):
-        for start, end in lines:
-            (x, y), half = _centre(start, side), (width + 1) * unit / 2
-            draw.line((x, y, *_centre(end, side)), colour, round(width * unit))
-            draw.ellipse((x - half, y - half, x + half, y + half), colour)
+def spread_blocks(depth: int, count: int = 4) -> tuple[int, ...]:
+    """Indices of `count` blocks, evenly spread, the last one included."""
+    return tuple(sorted({max(0, round(depth * part / count) - 1) for part in range(1, count + 1)}))
 
 
-def _faded(picture: np.ndarray) -> np.ndarray:
-    """Nearly grey, so that colours drawn on it stand out."""
-    grey = picture.mean(axis=2, keepdims=True)
-    return (0.75 * grey + 0.25 * picture).astype(np.uint8)
+def summarise(result: MergedTokensResult) -> dict[str, Any]:
+    """The merging in numbers, for json; `sizes` has per block and image how many tokens stand for how many patches."""
+    return {
+        "merge": result.method,
+        "r": result.r,
+        "grid": list(result.grid),
+        "registers": result.num_registers,
+        "images": list(result.captions),
+        "blocks": [_summarise_block(block) for block in result.blocks],
+    }
 
 
-def _distinct_colours() -> Iterator[tuple[int, int, int]]:
-    """Bright colours without end, each far from those before it: hues by the golden ratio, in three brightnesses."""
-    index = 0
-    while True:
-        saturation, value = ((0.85, 1.0), (0.5, 1.0), (0.9, 0.8))[index % 3]
-        red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, saturation, value)
-        yield round(red * 255), round(green * 255), round(blue * 255)
-        index += 1
+def _summarise_block(block: BlockMerge) -> dict[str, Any]:
+    tables = []
+    for size, group in zip(block.size, block.group, strict=True):
+        per_token = size.new_zeros(block.tokens).scatter(0, group, size)
+        values, counts = per_token.round().long().unique(return_counts=True)
+        tables.append({str(value): count for value, count in zip(values.tolist(), counts.tolist(), strict=True)})
+    return {"block": block.index, "patch_tokens": block.tokens, "merged": block.pairs.shape[1], "sizes": tables}
 
 
-def _fill(draw: ImageDraw.ImageDraw, patches: np.ndarray, side: int, colour: tuple[int, ...]) -> None:
-    for row, column in patches.tolist():
-        draw.rectangle((column * side, row * side, (column + 1) * side - 1, (row + 1) * side - 1), colour)
+def arrays(result: MergedTokensResult) -> dict[str, np.ndarray]:
+    """All maps, for npz: groups and sizes (L,B,n), and by block what else `BlockMerge` has."""
+    named = {
+        "captions": np.array(result.captions),
+        "grid": np.array(result.grid),
+        "group": np.stack([block.group.numpy() for block in result.blocks]),
+        "size": np.stack([block.size.numpy() for block in result.blocks]),
+    }
+    for block in result.blocks:
+        named[f"group_in/{block.index}"] = block.group_in.numpy()
+        named[f"pairs/{block.index}"] = block.pairs.numpy()
+        named |= {f"{name}/{block.index}": values.numpy() for name, values in block.criteria.items()}
+    return named
 
 
-def _centre(patch: np.ndarray, side: int) -> tuple[float, float]:
-    """x and y of a patch (row, column)."""
-    return (float(patch[1]) + 0.5) * side, (float(patch[0]) + 0.5) * side
+# Pictures
 
 
-def _middle(patches: np.ndarray) -> np.ndarray:
-    """That patch of a token (k,2) which is nearest to the token's centre, for the centre may lie outside of it."""
-    distance = ((patches - patches.mean(axis=0)) ** 2).sum(axis=1)
-    middle: np.ndarray = patches[distance.argmin()]
-    return middle
+def draw(result: MergedTokensResult, views: Sequence[str] = ("groups",), blocks: Sequence[int] | None = None) -> Any:
+    """Draw one picture (of Pillow's): a row per image and view, a column per block.
+
+    Args:
+        views: of `VIEWS`.
+        blocks: their indices; None: four, evenly spread.
+
+    Raises:
+        UserError: the picture would be too large.
+    """
+    drawing = _Drawing.of(result, views, spread_blocks(len(result.blocks)) if blocks is None else blocks)
+    grid, cell = result.grid, max(MIN_CELL, round(PANEL / max(result.grid)))
+    titles = [("input", f"{grid[0] * grid[1]} patches"), *(_title(block) for block in drawing.blocks)]
+    lines = [(image, view) for image in range(len(result.pictures)) for view in drawing.views]
+    if len(lines) * len(titles) * cell**2 * grid[0] * grid[1] > MAX_PIXELS:
+        raise UserError("the picture would be too large; draw fewer images (--num_images), blocks or views")
+    rows, captions = [], []
+    for image, view in lines:
+        row = [to_picture(result.pictures[image], grid, cell)]
+        rows.append(row + [drawing.panel(view, block, image, cell) for block in drawing.blocks])
+        plain = drawing.views == ("groups",)
+        captions.append(result.captions[image] + ("" if plain else f" \N{MIDDLE DOT} {LABELS[view]}"))
+    return lay_out(rows, titles, captions, [drawing.scales.get(view) for _, view in lines])
+
+
+def draw_frames(
+    result: MergedTokensResult, views: Sequence[str] = ("groups",), blocks: Sequence[int] | None = None
+) -> Iterator[Any]:
+    """Yield pictures of one size for an animation: the input, then block by block; a row per image, a column per view.
+
+    Args:
+        views: of `VIEWS`.
+        blocks: their indices; None: all.
+    """
+    drawing = _Drawing.of(result, views, range(len(result.blocks)) if blocks is None else blocks)
+    grid, count = result.grid, min(len(result.pictures), FRAME_IMAGES)
+    cell, captions = max(2, FRAME_PANEL // max(grid)), result.captions[:count]
+    inputs = [to_picture(image, grid, cell) for image in result.pictures[:count]]
+    patches = ("input", f"{grid[0] * grid[1]} patches")
+    blank = [np.full_like(inputs[0], 240)] * len(drawing.views)
+    yield lay_out([[image, *blank] for image in inputs], [patches, *[("", "")] * len(blank)], captions)
+    for block in drawing.blocks:
+        panels = [[drawing.panel(view, block, i, cell) for view in drawing.views] for i in range(count)]
+        titles = [patches, *(drawing.frame_title(view, block) for view in drawing.views)]
+        yield lay_out([[image, *row] for image, row in zip(inputs, panels, strict=True)], titles, captions)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """The views and blocks of a result that are drawn together, on the same colour scales."""
+
+    result: MergedTokensResult
+    views: tuple[str, ...]  # "criteria" spelled out
+    blocks: list[BlockMerge]
+    scales: dict[str, Scale]  # of the views that have one: the same for all images and blocks
+
+    @classmethod
+    def of(cls, result: MergedTokensResult, views: Sequence[str], blocks: Sequence[int]) -> "_Drawing":
+        """Choose one colour scale per view; a few extreme values lie beyond its ends."""
+        names = tuple(name for view in views for name in (CRITERIA if view == "criteria" else (view,)))
+        drawn = [result.blocks[index] for index in blocks]
+        scales = {}
+        for name in set(names) - {"groups", "pairs"}:
+            values = torch.stack([block.size if name == "sizes" else block.criteria[name] for block in drawn]).numpy()
+            low, high = np.quantile(values, (0.0, 1.0) if name in ("sizes", "size") else (CLIP, 1 - CLIP)).tolist()
+            scales[name] = (
+                Scale(1.0, max(high, 2.0), True) if name == "sizes" else Scale(low, high, name == "attention")
+            )
+        return cls(result, names, drawn, scales)
+
+    def panel(self, view: str, block: BlockMerge, image: int, cell: int) -> np.ndarray:
+        """One view of one image in one block."""
+        grid, pictures = self.result.grid, self.result.pictures
+        before, after = block.group_in[image].view(grid).numpy(), block.group[image].view(grid).numpy()
+        if view == "groups":
+            colours = mean_colours(pictures[image : image + 1], block.group[image : image + 1], grid)
+            return draw_groups(colours.view(*grid, 3).numpy(), after, cell, line=2 if cell >= WIDE else 1)
+        if view == "pairs":
+            return draw_pairs(to_picture(pictures[image], grid, cell), before, block.pairs[image].numpy(), cell)
+        values = (block.size if view == "sizes" else block.criteria[view])[image].view(grid).numpy()
+        return draw_heat(values, after if view == "sizes" else before, self.scales[view], cell)
+
+    def frame_title(self, view: str, block: BlockMerge) -> tuple[str, str]:
+        """The two lines above a view in a frame."""
+        if view == "groups":
+            return _title(block)
+        if view == "pairs":
+            return f"merged in block {block.index}", f"{block.pairs.shape[1]} tokens"
+        scale = self.scales[view]
+        return SHORT[view], f"{scale.low:.3g} (dark) to {scale.high:.3g}"
+
+
+def _title(block: BlockMerge) -> tuple[str, str]:
+    return f"after block {block.index}", f"{block.tokens} patch tokens"

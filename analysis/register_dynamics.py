@@ -12,29 +12,45 @@ All rules merge the same number of tokens in every block. Shapes: B batch, N tok
 n patches, D key channels, S sources, T destinations.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from models.blocks import Candidates
+from models.config import MergeConfig
 from models.errors import UserError
 from models.merging import Merge, cosine_scores, group_map, match_bipartite, match_scores, merge_sizes, merge_tokens
 from models.methods.tome import ToMe, patch_keys
+from models.schedule import format_schedule, parse_schedule
 from models.tokens import Tokens
-from models.vit import MergingViT
+from models.vit import MergingViT, apply_merging
+
+from . import charts
+from .inputs import Images, as_list, batches, evaluation, labelled_batches
+
+if TYPE_CHECKING:
+    from .command import Loaded
 
 RULES = ("protected", "published", "unprotected")
+STYLES = {"protected": "-", "published": "--", "unprotected": ":"}
+SCHEDULES = ("8", "13", "16")
 _MASKED = 4  # destinations that the published code takes for its registers
 
 
 @dataclass(frozen=True)
 class RuleOutput:
-    """Logits (B,classes), and per block the registers (B,depth) that still stand alone in a token."""
+    """What a model under a rule says, and what became of its registers."""
 
-    logits: Tensor
-    alone: Tensor
+    logits: Tensor  # (B,classes)
+    alone: Tensor  # (B,depth) registers that still stand alone in a token after every block
     counts: tuple[int, ...]  # tokens after every block
 
 
@@ -111,11 +127,19 @@ class _Entrance:
         return tokens._replace(x=x, num_prefix_tokens=0, followed=everything)
 
 
-def standing_alone(group: Tensor, places: Tensor, tokens: int) -> Tensor:
-    """Registers that share their token with nothing: group (B,N) of all first tokens, places (R,) -> (B,)."""
+def standing_alone(group: Tensor, positions: Tensor, tokens: int) -> Tensor:
+    """Count the registers that share their token with nothing.
+
+    Args:
+        group: (B,N) the token, of `tokens` ones, that each of the N first tokens is in.
+        positions: (R,) of the registers among the first tokens.
+
+    Returns:
+        (B,) of R at most.
+    """
     members = torch.zeros(len(group), tokens, dtype=torch.long, device=group.device)
     members.scatter_add_(1, group, torch.ones_like(group))
-    return (members.gather(1, group[:, places]) == 1).sum(dim=1)
+    return (members.gather(1, group[:, positions]) == 1).sum(dim=1)
 
 
 def check_model(model: MergingViT) -> None:
@@ -135,15 +159,15 @@ def check_model(model: MergingViT) -> None:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Random keys instead of a model: iid normal, or of neighbouring patches with a correlation."""
+    """Random keys in place of a model's: normal and independent, or correlated between neighbouring patches."""
 
     images: int = 256
     patches: int = 196
     channels: int = 64
-    correlation: float = 0.0
+    correlation: float = 0.0  # of a patch with the one before
 
     def draw(self, registers: int, generator: torch.Generator) -> Tensor:
-        """Keys (images, 1 + R + n, D) of [class, registers, patches]; a patch correlates with the one before."""
+        """Draw keys (images, 1 + R + n, D) of [class, registers, patches]."""
         x = torch.randn(self.images, 1 + registers + self.patches, self.channels, generator=generator)
         fresh = (1 - self.correlation**2) ** 0.5
         for i in range(2 + registers, x.shape[1]):
@@ -156,24 +180,27 @@ def simulate(
 ) -> list[float]:
     """Mean number of registers that stand alone after every block, with keys that are drawn once and merged by size."""
     keys = keys or Simulation()
-    x, places = arrange(rule, keys.draw(registers, torch.Generator().manual_seed(seed)), registers)
+    x, positions = arrange(rule, keys.draw(registers, torch.Generator().manual_seed(seed)), registers)
     size, alone = torch.ones(x.shape[:2]), []
     group = torch.arange(x.shape[1]).expand(len(x), -1)
-    for merge in merges:
-        if merge:
-            step = match_rule(rule, x, merge, 1 + registers)
-            x, size = merge_tokens(x, step, size), merge_sizes(size, step)
-            group = group_map(step).gather(1, group)
-        alone.append(float(standing_alone(group, places, x.shape[1]).float().mean()))
+    for r in merges:
+        if r:
+            merge = match_rule(rule, x, r, 1 + registers)
+            x, size = merge_tokens(x, merge, size), merge_sizes(size, merge)
+            group = group_map(merge).gather(1, group)
+        alone.append(float(standing_alone(group, positions, x.shape[1]).float().mean()))
     return alone
 
 
-@dataclass
-class Tally:
-    """Sums over images for one cell of the ablation (a rule, R and r)."""
+# Measurement
 
-    kl: float = 0.0
-    alone: Tensor | float = 0.0  # (depth,)
+
+@dataclass
+class RuleResult:
+    """Per-image facts of one model under one rule and schedule; `summary` turns them into means."""
+
+    kl: float = 0.0  # sum over images, nats
+    alone: Tensor | float = 0.0  # (depth,) sum over images
     agreed: tuple[Tensor, ...] = ()  # (B,) per batch: same top-1 as the unmerged model
     correct: tuple[Tensor, ...] = ()  # (B,) per batch, empty without labels
 
@@ -186,18 +213,24 @@ class Tally:
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
         self.alone = self.alone + out.alone.double().sum(dim=0).cpu()
 
-    def row(self, reference: "Tally") -> dict[str, Any]:
+    def summary(self, reference: "RuleResult") -> dict[str, Any]:
         """Means (% and nats) with standard errors; agreement also as a difference to a reference on the same images."""
         agreed = torch.cat(self.agreed)
-        row: dict[str, Any] = {"n_images": len(agreed), "agree": mean_percent(agreed), "kl": self.kl / len(agreed)}
-        row["agree_se"] = error_percent(agreed)
+        # both rules saw the same images: the error of the paired difference is smaller than that of either
         paired = agreed.double() - torch.cat(reference.agreed).double()
-        row |= {"agree_minus_protected": mean_percent(paired), "agree_minus_protected_se": error_percent(paired)}
+        row: dict[str, Any] = {
+            "n_images": len(agreed),
+            "agree": mean_percent(agreed),
+            "kl": self.kl / len(agreed),
+            "agree_se": error_percent(agreed),
+            "agree_minus_protected": mean_percent(paired),
+            "agree_minus_protected_se": error_percent(paired),
+        }
         if self.correct:
             correct = torch.cat(self.correct)
             row |= {"acc1": mean_percent(correct), "acc1_se": error_percent(correct)}
         alone = torch.as_tensor(self.alone) / len(agreed)
-        return row | {"registers_alone": alone.tolist(), "registers_alone_last": float(alone[-1])}
+        return {**row, "registers_alone": alone.tolist(), "registers_alone_last": float(alone[-1])}
 
 
 def mean_percent(values: Tensor) -> float:
@@ -208,3 +241,272 @@ def mean_percent(values: Tensor) -> float:
 def error_percent(values: Tensor) -> float:
     """100 times the standard error of the mean."""
     return 100 * float(values.double().std(correction=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+@dataclass
+class DynamicsResult:
+    """One model under all rules and schedules.
+
+    Attributes:
+        registers: R.
+        tokens_left: after the last block, by schedule.
+        cells: by schedule and rule.
+        unmerged_correct: (B,) per batch: top-1 of the model without merging, empty without labels.
+    """
+
+    label: str
+    registers: int
+    tokens_left: dict[str, int]
+    cells: dict[tuple[str, str], RuleResult]
+    unmerged_correct: list[Tensor] = field(default_factory=list)
+
+
+def with_registers(model: MergingViT, count: int) -> MergingViT:
+    """The model with R registers that can merge by tome: its own registers first, fresh ones for the rest.
+
+    Fresh ones are untrained (trunc-normal .02, from torch's global generator).
+    """
+    return apply_merging(model, _by_tome(model), count).to(next(model.parameters()).device).eval()
+
+
+def _by_tome(model: MergingViT) -> MergeConfig:
+    """The model's merging; where it merges nothing, tome's, so that the rules have an order to change."""
+    merge = model.merge
+    return MergeConfig(method="tome", prop_attn=merge.prop_attn) if merge.method == "none" else merge
+
+
+@torch.no_grad()
+def measure(
+    model: VisionTransformer,
+    images: Images,
+    *,
+    registers: int | None = None,
+    schedules: Sequence[str] = SCHEDULES,
+    rules: Sequence[str] = RULES,
+    labelled: bool = False,
+    label: str = "model",
+) -> DynamicsResult:
+    """Run the unmerged model, and every rule under every schedule, in one pass over the images.
+
+    Args:
+        images: see `inputs.Images`; with `labelled`, batches that begin with images and labels.
+        registers: R; None: those of the model. See `with_registers`.
+        schedules: in any form of `MergeConfig.r`.
+        rules: of `RULES`; "protected" is one of them.
+
+    Raises:
+        UserError: a model on which the rules are not defined.
+    """
+    with evaluation(model) as vit:
+        tested = with_registers(vit, vit.num_registers if registers is None else registers)
+        check_model(tested)
+        left = {r: tested.plan(r).counts[-1] for r in schedules}
+        result = DynamicsResult(label, tested.num_registers, left, {})
+        result.cells = {(r, rule): RuleResult() for r in schedules for rule in rules}
+        pairs = labelled_batches(images, tested) if labelled else ((batch, None) for batch in batches(images, tested))
+        for batch, targets in pairs:
+            dense = tested(batch, r=0)
+            if targets is not None:
+                result.unmerged_correct.append((dense.argmax(dim=1) == targets).cpu())
+            for (r, rule), cell in result.cells.items():
+                cell.add(forward_under(tested, batch, rule, r), dense, targets)
+    return result
+
+
+def summarise(result: DynamicsResult) -> list[dict[str, Any]]:
+    """A row per schedule and rule, for json."""
+    rows = []
+    for (r, rule), cell in result.cells.items():
+        row = {"label": result.label, "R": result.registers, "r": r, "rule": rule}
+        row |= {"tokens_left": result.tokens_left[r], **cell.summary(result.cells[r, "protected"])}
+        if result.unmerged_correct:
+            row["acc1_unmerged"] = mean_percent(torch.cat(result.unmerged_correct))
+        rows.append(row)
+    return rows
+
+
+def simulate_all(
+    model: MergingViT, schedules: Sequence[str], rules: Sequence[str], images: int = 256, correlation: float = 0.0
+) -> list[dict[str, Any]]:
+    """The same rules on random keys in place of a model's, with R = 4 where the model has no registers; see `simulate`.
+
+    Args:
+        images: draws of keys.
+        correlation: see `Simulation`.
+    """
+    registers = model.num_registers or 4
+    keys = Simulation(images, model.patch_embed.num_patches, correlation=correlation)
+    whole = apply_merging(model, replace(_by_tome(model), r=0), registers)
+    rows = []
+    for r in schedules:
+        for rule in rules:
+            alone = simulate(rule, whole.plan(r).merges, registers, keys)
+            rows.append({"R": registers, "r": r, "rule": rule, "correlation": correlation, "registers_alone": alone})
+    return rows
+
+
+# Figures
+
+
+@charts.styled
+def draw(results: DynamicsResult | Sequence[DynamicsResult]) -> Figure:
+    """Left: agreement with the unmerged model. Right: registers that stand alone, block by block. A row per model."""
+    results = as_list(results)
+    rules = list(dict.fromkeys(rule for result in results for _, rule in result.cells))
+    figure, axes = charts.new_figure(len(results), 2, 4.4, 2.5, "Do protected registers matter?")
+    for (left, right), result in zip(axes, results, strict=True):
+        rows = summarise(result)
+        _draw_agreement(left, rows, rules)
+        left.set_title(f"{result.label}, R={result.registers}: same top-1 as unmerged (%)", fontsize=9)
+        _draw_alone(right, rows, rules, result.registers)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+    images = summarise(results[0])[0]["n_images"]
+    note = f"n = {images}; whiskers: one standard error over images; lines darken with r"
+    figure.supxlabel(note, fontsize=7.5, color=charts.FAINT, x=0.01, ha="left")
+    return figure
+
+
+def _draw_agreement(ax: Axes, rows: Sequence[dict[str, Any]], rules: Sequence[str]) -> None:
+    width = 0.8 / len(rules)
+    for index, rule in enumerate(rules):
+        chosen = [row for row in rows if row["rule"] == rule]
+        x = np.arange(len(chosen)) + (index - (len(rules) - 1) / 2) * width
+        y, error = [row["agree"] for row in chosen], [row["agree_se"] for row in chosen]
+        ax.bar(x, y, width * 0.92, yerr=error, color=charts.colour_of(index), alpha=0.85, label=rule)
+    low = min(row["agree"] - row["agree_se"] for row in rows)
+    ax.set_ylim(max(0.0, low - 0.35 * (100 - low) - 1), 100)
+    schedules = list(dict.fromkeys(row["r"] for row in rows))
+    ax.set_xticks(range(len(schedules)), [f"r={r}" for r in schedules])
+    ax.grid(False, axis="x")
+
+
+def _draw_alone(ax: Axes, rows: Sequence[dict[str, Any]], rules: Sequence[str], registers: int) -> None:
+    schedules = list(dict.fromkeys(row["r"] for row in rows))
+    if not registers:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "no registers", transform=ax.transAxes, ha="center", color=charts.FAINT)
+        return
+    for row in rows:
+        strength = 0.35 + 0.65 * (schedules.index(row["r"]) + 1) / len(schedules)
+        colour, style = charts.colour_of(rules.index(row["rule"])), STYLES[row["rule"]]
+        values = [row["R"], *row["registers_alone"]]
+        ax.plot(range(-1, len(values) - 1), values, color=colour, ls=style, alpha=strength)
+    ax.set_ylim(-0.05 * registers, registers * 1.08)
+    ax.set_title(f"registers still alone, of {registers}", fontsize=9)
+    ax.set_xlabel("after block")
+
+
+@charts.styled
+def draw_simulation(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the rows of `simulate_all`: registers that stand alone, block by block, a panel per schedule."""
+    schedules = list(dict.fromkeys(row["r"] for row in rows))
+    figure, axes = charts.new_figure(1, len(schedules), 3.2, 2.6, "Registers still alone, random keys", sharey=True)
+    for ax, r in zip(axes[0], schedules, strict=True):
+        for index, row in enumerate([row for row in rows if row["r"] == r]):
+            values = [row["R"], *row["registers_alone"]]
+            ax.plot(range(-1, len(values) - 1), values, color=charts.colour_of(index), label=row["rule"])
+        ax.set_title(f"r={r}")
+        ax.set_xlabel("after block")
+    axes[0, 0].legend(loc="lower left")
+    return figure
+
+
+# Command
+
+
+def add_parser(subparsers: Any) -> None:
+    from .command import add_command
+
+    text = "merging with registers protected, masked as the published code does, and unprotected, over R and r"
+    parser = add_command(subparsers, "dynamics", run, text)
+    parser.add_argument("--R", type=int, nargs="+", metavar="R", help="registers (default: what the model has)")
+    parser.add_argument("--r_values", nargs="+", default=list(SCHEDULES), metavar="r", help="schedules, as --r")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--keys", type=int, default=256, metavar="N", help="draws of random keys beside it (0: none)")
+    parser.add_argument("--correlation", type=float, default=0.0, help="of random keys of neighbouring patches")
+
+
+def run(args: Namespace, main_argv: Sequence[str]) -> None:
+    from utils import log
+
+    from . import command
+
+    schedules = [format_schedule(parse_schedule(text)) for text in args.r_values]
+    if "protected" not in args.rules:
+        raise UserError("--rules must contain protected, which the others are compared with")
+    if not 0 <= args.correlation < 1 or args.keys < 0 or min(args.R or [0]) < 0:
+        raise UserError("--correlation must lie in [0, 1), --keys and --R must be at least 0")
+    models = command.load_models(args, main_argv)
+    tested = [(loaded, _prepared(loaded, count)) for loaded in models for count in _register_counts(args, loaded)]
+    for _, model in tested:
+        check_model(model)
+        for r in schedules:
+            model.plan(r)
+    out = command.Output(args, main_argv, models)
+    results = []
+    for loaded, model in tested:
+        images = command.Images(args, loaded, title=f"{loaded.label}, R={model.num_registers}")
+        labelled = command.labels_fit(args, loaded)
+        options = {"schedules": schedules, "rules": args.rules, "labelled": labelled, "label": loaded.label}
+        results.append(measure(model, images, **options))
+    rows = [row for result in results for row in summarise(result)]
+    simulated = simulate_all(tested[0][1], schedules, args.rules, args.keys, args.correlation) if args.keys else []
+    out.json("dynamics", {"rules": args.rules, "rows": rows, "random_keys": simulated})
+    alone = {f"{row['label']}/r={row['r']}/{row['rule']}": np.asarray(row["registers_alone"]) for row in rows}
+    out.npz("dynamics", alone)
+    out.png("dynamics", draw(results))
+    if simulated:
+        out.png("dynamics_random_keys", draw_simulation(simulated))
+    (out.folder / "dynamics.md").write_text(_table(rows))
+    log(_table(rows))
+
+
+def _register_counts(args: Namespace, loaded: "Loaded") -> list[int]:
+    return list(dict.fromkeys(args.R or [loaded.model.num_registers]))
+
+
+def _prepared(loaded: "Loaded", count: int) -> MergingViT:
+    """The model with R registers; fresh ones depend on --seed alone."""
+    from utils import log, seed_all
+
+    present = loaded.model.num_registers
+    if count > present:
+        log(f"note: {loaded.label} has {present} registers; {count - present} of {count} are fresh, not trained")
+    seed_all(loaded.args.seed)
+    return with_registers(loaded.model, count)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """The ablation as a markdown table."""
+    from utils import table
+
+    labelled = "acc1" in rows[0]
+    headers = [
+        "model",
+        "R",
+        "r",
+        "rule",
+        "tokens left",
+        "agree %",
+        "minus protected",
+        "KL",
+        "registers alone at the end",
+    ]
+    cells = [
+        [
+            row["label"],
+            str(row["R"]),
+            row["r"],
+            row["rule"],
+            str(row["tokens_left"]),
+            f"{row['agree']:.2f} ± {row['agree_se']:.2f}",
+            f"{row['agree_minus_protected']:+.2f} ± {row['agree_minus_protected_se']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{row['registers_alone_last']:.2f}",
+            f"{row['acc1']:.2f} (unmerged {row['acc1_unmerged']:.2f})" if labelled else "",
+        ]
+        for row in rows
+    ]
+    note = f"n = {rows[0]['n_images']} images; ± one standard error over images, of the differences paired by image."
+    return f"{table([*headers, 'top-1 %'], cells, left=4)}\n\n{note}\n"

@@ -1,275 +1,178 @@
-"""Test-time registers (Jiang et al., arXiv 2506.08010): move what a few MLP neurons write into outlier patches to one
-extra token, without training.
+"""Test-time registers (arXiv 2506.08010): find register neurons, move them to an extra token, measure the effect.
 
-A register neuron is a hidden unit of an MLP that is active at outlier patches. `find_neurons` ranks them;
-`shift_neurons` gives a model that shares the weights, has one all-zero register more (last of the prefix: a token's
-place means nothing to a transformer but for its position entry, which it has none of) and moves the neurons'
-activations there. That model is an ordinary `MergingViT`, so every other instrument works on it.
+    found = test_time_registers.find(model, images)
+    result = test_time_registers.measure(model, images, found.ranking.neurons, found.cut)
+    test_time_registers.draw(result)
 
-Shapes: B batch, N tokens, P prefix tokens, n patches, C channels, F hidden units of an MLP, L blocks.
+The mathematics of finding and moving is in `register_neurons`. Nothing merges here.
+
+Shapes: B images, n patches on a grid (gh,gw), L blocks.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from timm.layers import GluMlp, Mlp
-from torch import Tensor, nn
+from matplotlib.figure import Figure
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from models.blocks import attend
 from models.errors import UserError
-from models.vit import MergingViT, apply_merging
+from models.vit import MergingViT
 
-from .outliers import Histogram
-from .walk import Layer, attention, walk
+from . import charts
+from .inputs import Images, batches, evaluation, labelled_batches
+from .outliers import Rule, bimodality, norms
+from .register_neurons import (
+    Neuron,
+    NormTable,
+    Ranking,
+    find_neurons,
+    norm_table,
+    random_neurons,
+    shift_neurons,
+)
+from .walk import attention, check_layer, per_patch, to_grid, walk
 
-Neuron = tuple[int, int]  # block, hidden unit
-QUIET = 0.5  # |activation| below this counts as silent for `sparse`
+if TYPE_CHECKING:
+    from .command import Loaded
+
+MOST_IMAGES = 1000  # the paper's number, unless --limit says otherwise
+RULE = Rule("sigma", 3)
+STEPS = ("find", "apply", "eval")
+
+# Finding the neurons
 
 
-class Shift(nn.Module):
-    """Hidden activations (B,N,F): the largest of every listed neuron goes to one token, all others become zero.
+@dataclass(frozen=True)
+class FoundNeurons:
+    """The register neurons of one model.
 
-    Per image and per neuron; largest by absolute value, with its sign.
+    Attributes:
+        cut: the norm above which a patch is an outlier.
+        top_layer: the last block that was searched.
+        top_layer_how: "given", or what the automatic rule went by.
     """
 
-    def __init__(self, neurons: Sequence[int], token: int) -> None:
-        super().__init__()
-        self.neurons, self.token = list(neurons), token
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        chosen = hidden[..., self.neurons]
-        peak = chosen.gather(1, chosen.abs().argmax(dim=1, keepdim=True))
-        moved = torch.zeros_like(chosen)
-        moved[:, self.token : self.token + 1] = peak
-        shifted = hidden.clone()
-        shifted[..., self.neurons] = moved
-        return shifted
+    label: str
+    table: NormTable
+    ranking: Ranking
+    rule: Rule
+    cut: float
+    detection_layer: int
+    top_layer: int
+    top_layer_how: str
 
 
-def shift_neurons(model: MergingViT, neurons: Iterable[Neuron], add_token: bool = False) -> MergingViT:
-    """A model that shares the weights and holds the neurons' activations in one extra register.
+def find(
+    model: VisionTransformer,
+    images: Images,
+    *,
+    outlier_rule: Rule = RULE,
+    detection_layer: int = -1,
+    top_layer: int | None = None,
+    top_k: int = 10,
+    sparse: bool = False,
+    label: str = "model",
+) -> FoundNeurons:
+    """Rank the hidden units that are active at outlier patches. Two passes over the images.
 
     Args:
-        neurons: (block, hidden unit); none of them leaves the model as it is.
-        add_token: add the empty token also without neurons (a control).
+        images: see `inputs.Images`; they are iterated twice.
+        outlier_rule: on the patch norms after block `detection_layer`.
+        top_layer: the last block searched; None: where norms grow, see `NormTable.top_layer`.
+        top_k: neurons that are kept.
+        sparse: keep only units that are silent at half of the patches or more.
 
     Raises:
-        UserError: a neuron that the model does not have, or an MLP of an unknown form.
+        UserError: no image has an outlier, or a layer does not exist.
     """
-    by_block: dict[int, list[int]] = {}
-    for block, unit in neurons:
-        by_block.setdefault(block, []).append(unit)
-    if not by_block and not add_token:
-        return model
-    check_neurons(model, by_block)
-    if model.class_layer or (by_block and min(by_block) < model.register_layer):
-        raise UserError("test-time registers need class token and registers to enter before the neurons' blocks")
-    registers = None if model.reg_token is None else model.reg_token.detach()
-    rng = torch.get_rng_state()
-    shifted = apply_merging(model, model.merge, model.num_registers + 1)
-    torch.set_rng_state(rng)  # the fresh register, which is overwritten, has drawn from it
-    zero = model.patch_embed.proj.weight.new_zeros(1, 1, model.embed_dim)
-    shifted.reg_token = nn.Parameter(zero if registers is None else torch.cat((registers, zero), dim=1))
-    for block, units in by_block.items():
-        mlp: Any = shifted.blocks[block].mlp
-        mlp.norm = nn.Sequential(Shift(units, shifted.num_prefix_tokens - 1), mlp.norm)
-    return shifted.train(model.training)
+    with evaluation(model) as vit:
+        table = norm_table(vit, batches(images, vit), detection_layer)
+        cut = outlier_rule.cut(table.histogram)
+        searched = table.top_layer() if top_layer is None else check_layer(vit, top_layer, "top_layer")
+        ranking = find_neurons(vit, batches(images, vit), table.detection > cut, searched, top_k, sparse)
+    how = "given" if top_layer is not None else "doubles" if max(_jumps(table)) > 2 else "largest jump; none doubles"
+    return FoundNeurons(label, table, ranking, outlier_rule, cut, detection_layer, searched, how)
 
 
-def check_neurons(model: MergingViT, by_block: dict[int, list[int]]) -> None:
-    """Raise a UserError for neurons that the model does not have."""
-    for block, units in by_block.items():
-        if not 0 <= block < len(model.blocks):
-            raise UserError(f"neurons name block {block}, but the model has blocks 0..{len(model.blocks) - 1}")
-        width = hidden_width(model.blocks[block].mlp)
-        if len(set(units)) != len(units) or not all(0 <= unit < width for unit in units):
-            raise UserError(f"neurons of block {block} must be different units in 0..{width - 1}, not {units}")
+def _jumps(table: NormTable) -> list[float]:
+    mean = table.largest.mean(0)
+    jumps: list[float] = (mean[1:] / mean[:-1]).tolist()
+    return jumps
 
 
-def hidden_width(mlp: Any) -> int:
-    """Hidden units F of timm's MLPs."""
-    if type(mlp) not in (Mlp, GluMlp):
-        raise UserError(f"the MLP {type(mlp).__name__} is not known; test-time registers need timm's Mlp or GluMlp")
-    width: int = mlp.fc2.in_features
-    return width
+def summarise_neurons(found: FoundNeurons) -> dict[str, Any]:
+    """What neurons.json holds."""
+    ranking = found.ranking
+    return {
+        "neurons": {str(block): units for block, units in ranking.by_block().items()},
+        "ranked": [list(neuron) for neuron in ranking.neurons],
+        "scores": list(ranking.scores),
+        "scores_elsewhere": list(ranking.elsewhere),
+        "outlier_rule": str(found.rule),
+        "cut": found.cut,
+        "detection_layer": found.detection_layer,
+        "top_layer": found.top_layer,
+        "top_layer_how": found.top_layer_how,
+        "max_norm_by_block": found.table.largest.mean(0).tolist(),
+        "n_images": ranking.images,
+        "n_images_with_outliers": ranking.images_with_outliers,
+        "outlier_share": 100 * ranking.outliers / found.table.detection.numel(),
+        "bimodality": bimodality(found.table.histogram),
+    }
 
 
-def hidden_activations(layer: Layer) -> Tensor:
-    """Hidden activations (B,N,F) of a block that merges nothing, after the non-linearity."""
-    block: Any = layer.block
-    hidden_width(block.mlp)
-    y, _, _ = attend(block.attn, block.norm1(layer.before.x), layer.bias)
-    mlp, x = block.mlp, block.norm2(layer.before.x + block.ls1(y))
-    if isinstance(mlp, Mlp):
-        return mlp.act(mlp.fc1(x))
-    first, second = mlp.fc1(x).chunk(2, dim=-1)
-    return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
-
-
-# Finding them
+# What moving them does to single images
 
 
 @dataclass(frozen=True)
-class NormTable:
-    """Patch norms of all images, one forward each: what outliers are judged by."""
+class TokenMaps:
+    """Maps of B images before and after the neurons were moved."""
 
-    detection: Tensor  # (images, n) at the detection layer
-    largest: Tensor  # (images, L) largest patch norm after every block
-
-    @property
-    def histogram(self) -> Histogram:
-        """Of the norms at the detection layer: what `models.analysis.Rule` cuts."""
-        histogram = Histogram()
-        histogram.add(self.detection)
-        return histogram
-
-    def top_layer(self) -> int:
-        """The first block after which the mean largest norm exceeds twice that of the block before, else the one with
-        the largest jump."""
-        mean = self.largest.mean(dim=0)
-        jump = mean[1:] / mean[:-1]
-        doubled = (jump > 2).nonzero()
-        return int(doubled[0]) + 1 if len(doubled) else int(jump.argmax()) + 1 if len(jump) else 0
+    norm_before: np.ndarray  # (B,gh,gw) at the detection layer
+    class_before: np.ndarray  # (B,gh,gw) attention of the class token in the last block
+    token_before: np.ndarray  # (B,) norm of the last prefix token at the detection layer
+    norm_after: np.ndarray
+    class_after: np.ndarray
+    token_after: np.ndarray
 
 
-def norm_table(model: MergingViT, batches: Iterable[Tensor], detection_layer: int = -1) -> NormTable:
-    """Norms of patch tokens without merging; detection_layer counts from the end if negative."""
-    detection, largest = [], []
-    wanted = check_layer(model, detection_layer)
-    for images in batches:
-        rows = []
-        for layer in walk(model, images, r=0):
-            norms = layer.after.x[:, layer.num_prefix_tokens :].float().norm(dim=-1).cpu()
-            rows.append(norms.amax(dim=1))
-            if layer.index == wanted:
-                detection.append(norms)
-        largest.append(torch.stack(rows, dim=1))
-    return NormTable(torch.cat(detection), torch.cat(largest))
-
-
-def check_layer(model: MergingViT, layer: int) -> int:
-    """A block's index, from the end if negative."""
-    depth = len(model.blocks)
-    if not -depth <= layer < depth:
-        raise UserError(f"layer {layer} does not exist: the model has blocks 0..{depth - 1} (or -1..-{depth})")
-    return layer % depth
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Neurons by their mean absolute activation at outlier patches, highest first."""
-
-    neurons: tuple[Neuron, ...]
-    scores: tuple[float, ...]  # at outlier patches
-    elsewhere: tuple[float, ...]  # at all other patches
-    images_with_outliers: int
-    images: int
-    outliers: int
-
-    def by_block(self, top_k: int | None = None) -> dict[int, list[int]]:
-        """{block: units} of the first top_k."""
-        grouped: dict[int, list[int]] = {}
-        for block, unit in self.neurons[:top_k]:
-            grouped.setdefault(block, []).append(unit)
-        return grouped
-
-
-@dataclass
-class _Sums:
-    at_outliers: list[Tensor] = field(default_factory=list)  # per block (F,): sum over images of their mean
-    elsewhere: list[Tensor] = field(default_factory=list)
-    quiet: list[Tensor] = field(default_factory=list)
+def compare(
+    model: VisionTransformer, images: Images, neurons: Sequence[Neuron], *, detection_layer: int = -1
+) -> TokenMaps:
+    """Map norms and class attention of images (see `inputs.Images`), with the neurons in place and moved."""
+    parts = []
+    with evaluation(model) as vit:
+        shifted = shift_neurons(vit, neurons)
+        for batch in batches(images, vit):
+            parts.append((*_maps(vit, batch, detection_layer), *_maps(shifted, batch, detection_layer)))
+    return TokenMaps(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
-def find_neurons(
-    model: MergingViT,
-    batches: Iterable[Tensor],
-    outliers: Tensor,
-    top_layer: int,
-    top_k: int,
-    sparse: bool = False,
-) -> Ranking:
-    """Algorithm 1 of the paper, batched: rank hidden units of blocks 0..top_layer.
-
-    An image's score of a unit is its mean |activation| over the image's outlier patches; images without one do not
-    count.
-
-    Args:
-        batches: the images, in the order of `outliers`.
-        outliers: (images, n) which patches are outliers.
-        sparse: keep only units that are silent (|activation| < 0.5) at half of the patches or more.
-
-    Raises:
-        UserError: no image has an outlier, or top_layer does not exist.
-    """
-    top_layer = check_layer(model, top_layer)
-    if not outliers.any():
-        raise UserError("no patch is an outlier under this rule, so there is nothing to find; lower the threshold")
-    sums, done, width = _Sums(), 0, top_layer + 1
-    for images in batches:
-        mask = outliers[done : done + len(images)].to(images.device)
-        done += len(images)
-        keep = mask.any(dim=1)
-        if keep.any():
-            _add_batch(sums, model, images[keep], mask[keep], width)
-    with_outliers = int(outliers.any(dim=1).sum())
-    return _rank(sums, with_outliers, outliers, top_k, sparse)
-
-
-def _add_batch(sums: _Sums, model: MergingViT, images: Tensor, mask: Tensor, blocks: int) -> None:
+def _maps(model: MergingViT, images: Tensor, detection_layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Norms (B,gh,gw), class attention (B,gh,gw) and norm (B,) of the last prefix token, as in `TokenMaps`."""
+    detection_layer = check_layer(model, detection_layer, "detection_layer")
     for layer in walk(model, images, r=0):
-        if layer.index >= blocks:
-            return
-        active = hidden_activations(layer)[:, layer.num_prefix_tokens :].float().abs()
-        at, off = (_masked_mean(active, which).sum(dim=0).double().cpu() for which in (mask, ~mask))
-        quiet = (active < QUIET).float().mean(dim=1).sum(dim=0).double().cpu()
-        if len(sums.at_outliers) <= layer.index:
-            for store, value in ((sums.at_outliers, at), (sums.elsewhere, off), (sums.quiet, quiet)):
-                store.append(value)
-        else:
-            sums.at_outliers[layer.index] += at
-            sums.elsewhere[layer.index] += off
-            sums.quiet[layer.index] += quiet
+        if layer.index == detection_layer:
+            lengths = norms(layer.after.x)
+            norm = to_grid(lengths[:, layer.num_prefix_tokens :], layer.after.group, layer.grid)
+            token = lengths[:, layer.num_prefix_tokens - 1]
+    class_attention = per_patch(attention(layer)[:, :, 0].mean(dim=1), layer)
+    return norm.cpu().numpy(), class_attention.cpu().numpy(), token.cpu().numpy()
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """(B,n,F) by (B,n) -> (B,F)."""
-    weight = mask.float()
-    return torch.einsum("bnf,bn->bf", values, weight) / weight.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _rank(sums: _Sums, images: int, outliers: Tensor, top_k: int, sparse: bool) -> Ranking:
-    score = torch.stack(sums.at_outliers) / images if len({len(s) for s in sums.at_outliers}) == 1 else None
-    assert score is not None, "blocks of one model have MLPs of one width"
-    off, quiet = torch.stack(sums.elsewhere) / images, torch.stack(sums.quiet) / images
-    allowed = score.masked_fill(quiet < 0.5, -torch.inf) if sparse else score
-    order = allowed.flatten().argsort(descending=True)[:top_k]
-    order = order[allowed.flatten()[order] > -torch.inf]
-    width = score.shape[1]
-    neurons = tuple((int(i) // width, int(i) % width) for i in order)
-    picked = [tuple(table.flatten()[order].tolist()) for table in (score, off)]
-    return Ranking(neurons, picked[0], picked[1], images, len(outliers), int(outliers.sum()))
-
-
-def random_neurons(model: MergingViT, neurons: Sequence[Neuron], seed: int = 0) -> tuple[Neuron, ...]:
-    """As many other neurons of the same blocks, at random: the control."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn: list[Neuron] = []
-    for block in sorted({block for block, _ in neurons}):
-        taken = {unit for layer, unit in neurons if layer == block}
-        order = torch.randperm(hidden_width(model.blocks[block].mlp), generator=generator).tolist()
-        drawn += [(block, unit) for unit in [u for u in order if u not in taken][: len(taken)]]
-    return tuple(drawn)
-
-
-# What it does
+# What moving them does to a data set
 
 
 @dataclass
-class Effect:
+class VariantResult:
     """Per-image facts of one model; `summary` turns them into means."""
 
     correct: list[Tensor] = field(default_factory=list)  # (B,)
@@ -283,39 +186,366 @@ class Effect:
     @torch.no_grad()
     def add(self, model: MergingViT, images: Tensor, targets: Tensor | None, detection_layer: int = -1) -> None:
         """Count a batch, without merging."""
-        wanted, rows = check_layer(model, detection_layer), []
+        detection_layer, rows = check_layer(model, detection_layer, "detection_layer"), []
         for layer in walk(model, images, r=0):
-            norms = layer.after.x.float().norm(dim=-1).cpu()
-            weights = attention(layer).mean(dim=1)[:, 0].float().cpu()  # the first token: class
-            patches = weights[:, layer.num_prefix_tokens :].amax(dim=1)
-            largest, token = norms[:, layer.num_prefix_tokens :].amax(dim=1), norms[:, layer.num_prefix_tokens - 1]
-            rows.append((largest, token, patches, weights[:, layer.num_prefix_tokens - 1]))
-            if layer.index == wanted:
-                self.norms.append(norms[:, layer.num_prefix_tokens :])
+            prefix = layer.num_prefix_tokens
+            lengths = norms(layer.after.x).cpu()
+            weights = attention(layer).mean(dim=1)[:, 0].float().cpu()  # of the first token: class
+            rows.append(
+                (
+                    lengths[:, prefix:].amax(dim=1),
+                    lengths[:, prefix - 1],
+                    weights[:, prefix:].amax(dim=1),
+                    weights[:, prefix - 1],
+                )
+            )
+            if layer.index == detection_layer:
+                self.norms.append(lengths[:, prefix:])
             last = layer
+        by_block = (torch.stack(values, dim=1) for values in zip(*rows, strict=True))
         for store, values in zip(
-            (self.largest, self.token, self.class_peak, self.class_to_token), zip(*rows, strict=True), strict=True
+            (self.largest, self.token, self.class_peak, self.class_to_token), by_block, strict=True
         ):
-            store.append(torch.stack(values, dim=1))
+            store.append(values)
         tokens = model.norm(last.after.x)
-        top = model._classify(tokens, last.after.size)[0].argmax(dim=1).cpu()
+        top = model.classify(tokens, last.after.size)[0].argmax(dim=1).cpu()
         self.top.append(top)
         if targets is not None:
             self.correct.append(top == targets.cpu())
 
-    def summary(self, tau: float, before: "Effect | None" = None) -> dict[str, Any]:
-        """Means over images; tau is the outlier threshold of the model before."""
+    def summary(self, cut: float, before: "VariantResult | None" = None) -> dict[str, Any]:
+        """Means over images.
+
+        Args:
+            cut: the norm above which a patch is an outlier.
+            before: the model before, which predictions are compared with.
+        """
         norms, largest = torch.cat(self.norms).double(), torch.cat(self.largest).double()
-        row: dict[str, Any] = {"n_images": len(norms), "max_norm": float(norms.amax(dim=1).mean())}
-        row["max_norm_se"] = float(norms.amax(dim=1).std() / len(norms) ** 0.5) if len(norms) > 1 else float("nan")
-        row["p98_norm"] = float(norms.flatten().sort().values[int(0.98 * (norms.numel() - 1))])
-        row |= {"median_norm": float(norms.median()), "outlier_share": 100 * float((norms > tau).double().mean())}
-        row["max_norm_by_block"] = largest.mean(dim=0).tolist()
-        row["token_norm_by_block"] = torch.cat(self.token).double().mean(dim=0).tolist()
-        row["class_peak_by_block"] = torch.cat(self.class_peak).double().mean(dim=0).tolist()
-        row["class_to_token_by_block"] = torch.cat(self.class_to_token).double().mean(dim=0).tolist()
+        peaks = norms.amax(dim=1)
+        row: dict[str, Any] = {
+            "n_images": len(norms),
+            "max_norm": float(peaks.mean()),
+            "max_norm_se": float(peaks.std() / len(norms) ** 0.5) if len(norms) > 1 else float("nan"),
+            "p98_norm": float(norms.flatten().sort().values[int(0.98 * (norms.numel() - 1))]),
+            "median_norm": float(norms.median()),
+            "outlier_share": 100 * float((norms > cut).double().mean()),
+            "max_norm_by_block": largest.mean(dim=0).tolist(),
+            "token_norm_by_block": torch.cat(self.token).double().mean(dim=0).tolist(),
+            "class_peak_by_block": torch.cat(self.class_peak).double().mean(dim=0).tolist(),
+            "class_to_token_by_block": torch.cat(self.class_to_token).double().mean(dim=0).tolist(),
+        }
         if self.correct:
             row["acc1"] = 100 * float(torch.cat(self.correct).double().mean())
         if before is not None:
             row["agree"] = 100 * float((torch.cat(self.top) == torch.cat(before.top)).double().mean())
         return row
+
+
+@dataclass(frozen=True)
+class ShiftResult:
+    """One model before and after, with controls, by the names in the figure."""
+
+    label: str
+    cut: float  # the norm above which a patch is an outlier
+    variants: dict[str, VariantResult]
+
+
+def measure(
+    model: VisionTransformer,
+    images: Images,
+    neurons: Sequence[Neuron],
+    cut: float,
+    *,
+    top_k: Sequence[int] = (10,),
+    controls: int = 3,
+    detection_layer: int = -1,
+    labelled: bool = False,
+    label: str = "model",
+) -> ShiftResult:
+    """Measure norms, class attention and predictions before and after, in one pass over the images.
+
+    Controls are the empty token alone and random neurons of the same blocks.
+
+    Args:
+        images: see `inputs.Images`; with `labelled`, batches that begin with images and labels.
+        neurons: (block, hidden unit), best first.
+        cut: the norm above which a patch is an outlier.
+        top_k: how many of the neurons are moved, one variant each.
+        controls: draws of random neurons.
+        detection_layer: the block whose output is judged.
+
+    Raises:
+        UserError: neurons or a layer that the model does not have.
+    """
+    with evaluation(model) as vit:
+        models = variants(vit, neurons, top_k, controls)
+        result = ShiftResult(label, cut, {name: VariantResult() for name in models})
+        pairs = labelled_batches(images, vit) if labelled else ((batch, None) for batch in batches(images, vit))
+        for batch, targets in pairs:
+            for name, variant in models.items():
+                result.variants[name].add(variant, batch, targets, detection_layer)
+    return result
+
+
+def variants(
+    model: MergingViT, neurons: Sequence[Neuron], top_k: Sequence[int], controls: int
+) -> dict[str, MergingViT]:
+    """The models that `measure` compares, by name."""
+    models = {"before": model, "empty token only": shift_neurons(model, (), add_token=True)}
+    for k in top_k:
+        models[f"{k} neurons moved"] = shift_neurons(model, neurons[:k])
+    most = neurons[: max(top_k)]
+    for seed in range(controls if most else 0):
+        name = f"{len(most)} random neurons, draw {seed + 1}"
+        models[name] = shift_neurons(model, random_neurons(model, most, seed))
+    return models
+
+
+def summarise(result: ShiftResult) -> list[dict[str, Any]]:
+    """A row per variant, for json."""
+    before = result.variants["before"]
+    return [{"variant": name, **variant.summary(result.cut, before)} for name, variant in result.variants.items()]
+
+
+# Figures
+
+
+@charts.styled
+def draw_neurons(found: FoundNeurons) -> Figure:
+    """Where outliers appear, how far they stand apart, and the neurons' activations at them and elsewhere."""
+    table, ranking = found.table, found.ranking
+    figure, axes = charts.new_figure(1, 3, 3.7, 3.2, "Register neurons")
+    ax, mean = axes[0, 0], table.largest.mean(dim=0)
+    spread = table.largest.std(dim=0)
+    x = np.arange(len(mean))
+    ax.fill_between(x, mean - spread, mean + spread, color=charts.COLOURS[0], alpha=0.15, lw=0)
+    ax.plot(x, mean, color=charts.COLOURS[0], marker="o", ms=3)
+    ax.axvline(found.top_layer, color=charts.FAINT, ls=":", label=f"neurons up to block {found.top_layer}")
+    ax.set(title="largest patch norm of an image", xlabel="after block (band: std over images)", ylabel="L2 norm")
+    ax.legend()
+    ax = axes[0, 1]
+    ax.hist(table.detection.flatten().numpy(), 100, color=charts.COLOURS[0], alpha=0.8)
+    ax.axvline(found.cut, color=charts.COLOURS[1], label=f"cut {found.cut:.1f}")
+    ax.set(title="patch norms, detection layer", yscale="log", xlabel="L2 norm", ylabel="patches")
+    ax.legend()
+    ax = axes[0, 2]
+    shown = min(12, len(ranking.neurons))
+    y = np.arange(shown)
+    ax.barh(y - 0.2, ranking.scores[:shown], 0.38, color=charts.COLOURS[1], label="at outlier patches")
+    ax.barh(y + 0.2, ranking.elsewhere[:shown], 0.38, color=charts.COLOURS[0], label="at other patches")
+    ax.set_yticks(y, [f"{block}: {unit}" for block, unit in ranking.neurons[:shown]], fontsize=7)
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.set(title="first neurons (block: unit)", xlabel="mean |activation|")
+    ax.legend(loc="lower right")
+    return figure
+
+
+def draw_maps(maps: TokenMaps, pictures: Sequence[np.ndarray], cut: float, neurons: int) -> Figure:
+    """A row per image: input, norms and class attention before and after, on shared scales.
+
+    Args:
+        pictures: (H,W,3) in [0, 1], one per image.
+        cut: the norm above which a patch is an outlier.
+        neurons: how many were moved.
+    """
+    cells = []
+    norm_limits = (float(maps.norm_before.min()), max(float(maps.norm_before.max()), cut * 1.01))
+    images = zip(pictures, maps.norm_before, maps.norm_after, maps.class_before, maps.class_after, strict=True)
+    for picture, norm_before, norm_after, class_before, class_after in images:
+        limits = (0.0, max(float(class_before.max()), float(class_after.max())))
+        row = [charts.image_cell(picture)]
+        row += [charts.map_cell(values, norm_limits, marked=values > cut) for values in (norm_before, norm_after)]
+        row += [charts.map_cell(values, limits, cmap="magma") for values in (class_before, class_after)]
+        cells.append(row)
+    columns = ["input", "norms before", f"norms, {neurons} neurons moved", "class attention before"]
+    note = f"norms on one scale up to {norm_limits[1]:.0f}; red: above the cut {cut:.1f} of the model before"
+    return charts.picture_table(cells, [*columns, "class attention after"], note=note)
+
+
+@charts.styled
+def draw(result: ShiftResult) -> Figure:
+    """Largest norms over blocks, norms of the extra token, class attention, and the norms' distribution."""
+    rows = summarise(result)
+    figure, axes = charts.new_figure(2, 2, 4.6, 3.0, "Test-time registers")
+    panels = (
+        ("max_norm_by_block", "largest patch norm of an image"),
+        ("token_norm_by_block", "norm of the extra token"),
+        ("class_peak_by_block", "class token's largest attention to a patch"),
+    )
+    shown = [row for row in rows if "draw" not in row["variant"]]
+    controls = [row for row in rows if "draw" in row["variant"]]
+    for ax, (key, title) in zip(axes.flat, panels, strict=False):
+        for index, row in enumerate(shown):
+            if key.startswith("token") and row["variant"] == "before":
+                continue  # there the last prefix token is another one
+            ax.plot(row[key], color=charts.colour_of(index), marker="o", ms=3, label=row["variant"])
+        for row in controls:
+            label = "random neurons" if row is controls[0] else None
+            ax.plot(row[key], color=charts.INK, lw=0.9, ls=":", alpha=0.8, label=label)
+        ax.set(title=title, xlabel="block")
+    axes[0, 0].legend()
+    ax = axes[1, 1]
+    values = {name: torch.cat(variant.norms).flatten().numpy() for name, variant in result.variants.items()}
+    edges = np.linspace(0, max(float(v.max()) for v in values.values()) * 1.001, 101)
+    for index, row in enumerate(shown):
+        ax.stairs(np.histogram(values[row["variant"]], edges)[0], edges, color=charts.colour_of(index), lw=1.4)
+    ax.axvline(result.cut, color=charts.INK, lw=1, ls=":", label=f"cut {result.cut:.1f}")
+    ax.set(title="patch norms, detection layer", yscale="log", xlabel="L2 norm", ylabel="patches")
+    ax.legend()
+    return figure
+
+
+# Command
+
+
+def add_parser(subparsers: Any) -> None:
+    from .command import add_command
+
+    text = "test-time registers: find register neurons, apply the shift to images, evaluate it on a data set"
+    parser = add_command(subparsers, "ttr", run, text)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--outlier_rule", default=str(RULE), metavar="RULE", help="also quantile:0.98, ratio:3, abs:75")
+    parser.add_argument("--detection_layer", type=int, default=-1, metavar="BLOCK", help="whose output is judged")
+    parser.add_argument("--top_layer", default="auto", metavar="BLOCK", help="find: the last block looked at")
+    parser.add_argument("--top_k", type=int, nargs="+", default=[10], metavar="K", help="neurons; eval takes several")
+    parser.add_argument(
+        "--sparse", action="store_true", help="find: only neurons silent at half of the patches or more"
+    )
+    parser.add_argument("--neurons", type=Path, metavar="FILE", help="apply, eval: neurons.json of find")
+    parser.add_argument("--controls", type=int, default=3, metavar="N", help="eval: draws of random neurons")
+    parser.add_argument("--show", type=int, default=5, metavar="K", help="apply: images drawn")
+
+
+def run(args: Namespace, main_argv: Sequence[str]) -> None:
+    from .command import load_models
+
+    models = load_models(args, main_argv)
+    if len(models) > 1:
+        raise UserError("ttr takes one model at a time")
+    if min(args.top_k) < 0 or (args.step == "find" and max(args.top_k) < 1) or args.controls < 0:
+        raise UserError("--top_k and --controls must be at least 0, and --top_k of find at least 1")
+    if (args.neurons is None) != (args.step == "find"):
+        raise UserError("find makes neurons.json; apply and eval need it: --neurons FILE")
+    Rule.parse(args.outlier_rule)
+    check_layer(models[0].model, args.detection_layer, "--detection_layer", models[0].label)
+    {"find": _run_find, "apply": _run_apply, "eval": _run_eval}[args.step](args, main_argv, models[0])
+
+
+def _run_find(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> None:
+    from utils import log
+
+    from . import command
+
+    top_layer = None if args.top_layer == "auto" else _block(args.top_layer, loaded)
+    out = command.Output(args, main_argv, [loaded])
+    limit = None if loaded.args.limit else MOST_IMAGES
+    images = command.Images(args, loaded, title=("norms", "activations"), limit=limit)
+    found = find(
+        loaded.model,
+        images,
+        outlier_rule=Rule.parse(args.outlier_rule),
+        detection_layer=args.detection_layer,
+        top_layer=top_layer,
+        top_k=max(args.top_k),
+        sparse=args.sparse,
+        label=loaded.label,
+    )
+    log(f"outliers: norm > {found.cut:.2f} after block {args.detection_layer}; neurons of blocks 0..{found.top_layer}")
+    out.json("neurons", summarise_neurons(found))
+    out.npz("neurons", {"largest": found.table.largest, "norms": found.table.detection})
+    out.png("neurons", draw_neurons(found))
+    ranking = found.ranking
+    log(f"{ranking.images_with_outliers} of {ranking.images} images have outliers; first: {list(ranking.neurons[:5])}")
+
+
+def _block(text: str, loaded: "Loaded") -> int:
+    try:
+        block = int(text)
+    except ValueError:
+        raise UserError(f"--top_layer must be auto or a block, not {text}") from None
+    return check_layer(loaded.model, block, "--top_layer", loaded.label)
+
+
+def read_neurons(file: Path) -> tuple[list[Neuron], dict[str, Any]]:
+    """Read the ranked neurons of neurons.json, and all it says."""
+    try:
+        content = json.loads(file.read_text())
+        ranked = [(int(block), int(unit)) for block, unit in content["ranked"]]
+        float(content["cut"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read --neurons {file} ({error}); make it with analyze.py ttr find") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--neurons {file} is not what analyze.py ttr find writes; make it anew") from error
+    return ranked, content
+
+
+def _read_first(args: Namespace) -> tuple[list[Neuron], dict[str, Any]]:
+    """The neurons that the largest --top_k asks for, and all that the file says."""
+    ranked, content = read_neurons(args.neurons)
+    for k in args.top_k:
+        if k > len(ranked):
+            raise UserError(
+                f"--top_k {k}: {args.neurons} ranks {len(ranked)} neurons; find more with ttr find --top_k {k}"
+            )
+    return ranked[: max(args.top_k)], content
+
+
+def _run_apply(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> None:
+    from . import command
+
+    if len(args.top_k) > 1 or args.show < 1:
+        raise UserError("ttr apply takes one --top_k and --show of at least 1")
+    neurons, content = _read_first(args)
+    shift_neurons(loaded.model, neurons)  # neurons that the model does not have are a mistake to tell now
+    out = command.Output(args, main_argv, [loaded])
+    images = command.Images(args, loaded, title="maps", limit=args.show)
+    shown = [batch.images for batch in images]
+    pictures = [picture for batch in shown for picture in images.pictures(batch)]
+    maps = compare(loaded.model, shown, neurons, detection_layer=args.detection_layer)
+    out.npz("applied", vars(maps))
+    largest = {
+        "max_norm": {
+            "before": float(maps.norm_before.max(axis=(1, 2)).mean()),
+            "after": float(maps.norm_after.max(axis=(1, 2)).mean()),
+        },
+        "token_norm_after": float(maps.token_after.mean()),
+        "cut": content["cut"],
+    }
+    out.json("applied", {"top_k": args.top_k[0], "n_images": len(pictures), **largest})
+    out.png("applied", draw_maps(maps, pictures, content["cut"], args.top_k[0]))
+
+
+def _run_eval(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> None:
+    from utils import log
+
+    from . import command
+
+    neurons, content = _read_first(args)
+    variants(loaded.model, neurons, args.top_k, args.controls)  # mistakes come before the output
+    out = command.Output(args, main_argv, [loaded])
+    images = command.Images(args, loaded, title="evaluation", limit=None if loaded.args.limit else MOST_IMAGES)
+    result = measure(
+        loaded.model,
+        images,
+        neurons,
+        content["cut"],
+        top_k=args.top_k,
+        controls=args.controls,
+        detection_layer=args.detection_layer,
+        labelled=command.labels_fit(args, loaded),
+        label=loaded.label,
+    )
+    rows = summarise(result)
+    out.json("ttr", {"cut": content["cut"], "found_on": content["n_images"], "rows": rows})
+    out.npz("ttr", {name.replace(" ", "_"): torch.cat(v.largest) for name, v in result.variants.items()})
+    out.png("ttr", draw(result))
+    for row in rows:
+        log(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    parts = [f"{row['variant']}: largest patch norm {row['max_norm']:.2f} (p98 {row['p98_norm']:.2f})"]
+    parts += [f"above the cut {row['outlier_share']:.2f} %", f"last prefix token {row['token_norm_by_block'][-1]:.2f}"]
+    parts += [f"top-1 {row['acc1']:.2f} %"] if "acc1" in row else []
+    return ", ".join([*parts, f"same top-1 as before {row['agree']:.2f} %"])

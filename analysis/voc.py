@@ -9,10 +9,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import decode
-from models import UserError
-
-from .command import find_images
+from models.errors import UserError
 
 TREES = (
     "VOCdevkit/VOC2007/{Annotations,ImageSets/Main,JPEGImages} (also VOC2007 itself), or a folder with "
@@ -31,6 +28,8 @@ class Annotated:
 
     def read(self) -> Image.Image | None:
         """Decode the image; None if it is unreadable."""
+        from datasets import decode
+
         try:
             with self.file.open("rb") as stream:
                 return decode(stream)
@@ -40,6 +39,8 @@ class Annotated:
 
 def open_folder(folder: Path) -> list[Annotated]:
     """Images without boxes: for pictures only."""
+    from .command import find_images
+
     return [Annotated(name, folder / name, None) for name in find_images(folder)]
 
 
@@ -54,8 +55,8 @@ def open_voc(root: Path, year: int | None, split: str, no_hard: bool) -> list[An
     Raises:
         UserError: no such tree, or a damaged annotation.
     """
-    found = list(_entries(root, year, split))
-    images = [Annotated(file.stem, file, read_boxes(annotation, no_hard)) for file, annotation in found]
+    entries = _entries(root, year, split)
+    images = [Annotated(file.stem, file, read_boxes(annotation, no_hard)) for file, annotation in entries]
     kept = [image for image in images if image.boxes is not None and len(image.boxes)]
     if not kept:
         raise UserError(f"no image with an object in {root}; expected {TREES}")
@@ -78,8 +79,8 @@ def _entries(root: Path, year: int | None, split: str) -> Iterator[tuple[Path, P
 
 def _voc_tree(root: Path, year: int | None) -> Path | None:
     """The folder with Annotations and JPEGImages; None if this is another kind of tree."""
-    places = [root, *sorted(root.glob("VOC20*")), *sorted((root / "VOCdevkit").glob("VOC20*"))]
-    trees = [place for place in places if (place / "Annotations").is_dir() and (place / "JPEGImages").is_dir()]
+    folders = [root, *sorted(root.glob("VOC20*")), *sorted((root / "VOCdevkit").glob("VOC20*"))]
+    trees = [folder for folder in folders if (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()]
     if year is not None:
         trees = [tree for tree in trees if tree.resolve().name == f"VOC{year}"]
         if not trees:
@@ -111,16 +112,16 @@ def read_boxes(file: Path, no_hard: bool) -> np.ndarray:
     """Boxes of a VOC annotation: its pixels count from 1 and include the last, so x1 and y1 lose one."""
     try:
         objects = ET.parse(file).getroot().findall("object")
-        boxes = [_corners(found) for found in objects if not (no_hard and _hard(found))]
+        boxes = [_corners(annotated) for annotated in objects if not (no_hard and _is_hard(annotated))]
     except (OSError, ET.ParseError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the annotation {file}: {error}; fetch it again or remove its image") from error
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
-def _corners(found: ET.Element) -> list[float]:
-    x1, y1, x2, y2 = (float(found.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax"))
+def _corners(annotated: ET.Element) -> list[float]:
+    x1, y1, x2, y2 = (float(annotated.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax"))
     return [x1 - 1, y1 - 1, x2, y2]
 
 
-def _hard(found: ET.Element) -> bool:
-    return any((found.findtext(flag) or "0").strip() == "1" for flag in ("truncated", "difficult"))
+def _is_hard(annotated: ET.Element) -> bool:
+    return any((annotated.findtext(flag) or "0").strip() == "1" for flag in ("truncated", "difficult"))

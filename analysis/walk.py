@@ -1,7 +1,7 @@
-"""What happens inside a model, block by block: the view that all instruments share.
+"""A model block by block: the view that all instruments share.
 
-`walk` runs the very block functions of the forward, from outside: the forward itself knows nothing of it and pays
-nothing. Layers are handed out one at a time, so that memory holds one block's tokens as long as the caller keeps none.
+`walk` is the forward's own loop over the blocks, which hands out one layer at a time, so that memory holds one block's
+tokens as long as the caller keeps none.
 
 Shapes: B batch, N tokens in, M tokens out, n patches at the input, P prefix tokens, C channels, H heads, D their
 channels, (gh,gw) the patch grid.
@@ -18,6 +18,8 @@ from torch import Tensor
 from models import MergingViT, UserError
 from models.blocks import attention_map, project_qkv
 from models.vit import Layer
+
+MAP_BYTES = 2**28  # of one block's attention maps: more images than that are run in parts
 
 
 @torch.no_grad()
@@ -61,6 +63,26 @@ def patch_grid(model: MergingViT, images: Tensor) -> tuple[int, int]:
     return height, width
 
 
+def layer_at(model: MergingViT, images: Tensor, index: int) -> Layer:
+    """Run the model on images (B,3,H,W) up to one block, named from the front or the end, and return that block."""
+    index = check_layer(model, index)
+    return next(layer for layer in walk(model, images) if layer.index == index)
+
+
+def images_at_once(model: MergingViT, images: Tensor) -> int:
+    """Return how many images of this size make attention maps (fp32, one block) that fit in `MAP_BYTES`; at least 1."""
+    rows, columns = patch_grid(model, images)
+    tokens = rows * columns + model.num_prefix_tokens
+    blocks: Any = model.blocks
+    heads = max(block.attn.num_heads for block in blocks)
+    return max(1, MAP_BYTES // (4 * heads * tokens**2))
+
+
+def in_parts(model: MergingViT, images: Tensor) -> Iterator[Tensor]:
+    """Split a batch (B,3,H,W) into parts whose attention maps fit in `MAP_BYTES`."""
+    yield from images.split(images_at_once(model, images))
+
+
 def to_grid(values: Tensor, group: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
     """Give every patch the value of the token it is in: values (B,T,...) by group (B,n) -> (B,gh,gw,...).
 
@@ -77,6 +99,34 @@ def to_grid(values: Tensor, group: Tensor, grid: tuple[int, int] | None = None) 
         raise UserError(f"{patches} patches do not make a grid of {grid[0]} x {grid[1]}; name the grid")
     rows = torch.arange(batch, device=group.device).unsqueeze(1)
     return values[rows, group].unflatten(1, grid)
+
+
+def per_patch(columns: Tensor, layer: Layer) -> Tensor:
+    """Spread attention to tokens over the patches in them: (B,...,N) -> (B,...,gh,gw).
+
+    A token's mass is divided by the patches it stands for, so that a map sums to the mass on all patches whether or
+    not something merged.
+    """
+    size = layer.before.size[:, layer.num_prefix_tokens :].to(columns.dtype)
+    spread = columns[..., layer.num_prefix_tokens :] / size.view(len(size), *[1] * (columns.ndim - 2), -1)
+    tokens_second = spread.movedim(-1, 1)  # where `to_grid` expects them
+    return to_grid(tokens_second, layer.before.group, layer.grid).movedim((1, 2), (-2, -1))
+
+
+def check_layer(model: MergingViT, layer: int, name: str = "layer", label: str = "the model") -> int:
+    """Return the index of a block, which may be counted from the end (-1: the last).
+
+    Args:
+        name: of the option that holds `layer`, for the error.
+        label: of the model, for the error.
+
+    Raises:
+        UserError: the model has no such block.
+    """
+    depth = len(model.blocks)
+    if not -depth <= layer < depth:
+        raise UserError(f"{name} is {layer}, but {label} has blocks 0..{depth - 1} (or -{depth}..-1)")
+    return layer % depth
 
 
 def allow_any_size(model: MergingViT) -> None:

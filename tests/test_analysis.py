@@ -9,27 +9,18 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from analysis.outliers import (
-    BINS,
-    CosineHistogram,
-    GroupCosines,
-    Histogram,
-    Rollout,
-    Rule,
-    bimodality,
-    bin_edges,
-    layer_tables,
-    linear_cka,
-    map_cosines,
-    mass_by_kind,
-    neighbour_cosines,
-    norms,
-    patch_rows,
-    per_patch,
-    spread_metrics,
-)
-from analysis.walk import attention, walk
+from analysis.attention import Rollout, mass_by_token_type, patch_rows, spread_metrics
+from analysis.outliers import BINS, Histogram, Rule, bimodality, bin_edges, norms
+from analysis.similarity import CosineHistogram, GroupCosines, layer_tables, map_cosines, neighbour_cosines
+from analysis.walk import attention, per_patch, walk
 from models import MergeConfig, MergingViT, UserError
+
+
+def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Linear centred kernel alignment (arXiv 1905.00414) of the same S samples: (S,C), (S,D) -> in [0,1]."""
+    x = first.double() - first.double().mean(dim=0, keepdim=True)
+    y = second.double() - second.double().mean(dim=0, keepdim=True)
+    return float((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -119,7 +110,7 @@ def test_a_map_on_the_grid_keeps_its_mass_under_merging() -> None:
         maps = attention(layer)
         grid = per_patch(maps[:, :, : layer.num_prefix_tokens], layer)
         assert grid.shape == (2, 3, 3, 8, 8)
-        mass = mass_by_kind(maps[:, :, : layer.num_prefix_tokens], layer)
+        mass = mass_by_token_type(maps[:, :, : layer.num_prefix_tokens], layer)
         torch.testing.assert_close(grid.sum(dim=(-2, -1)), mass["patches"])
         torch.testing.assert_close(sum(mass.values()), torch.ones(2, 3, 3))
         torch.testing.assert_close(mass["registers"], maps[:, :, :3, 1:3].sum(dim=-1))
@@ -188,7 +179,7 @@ def test_late_tokens_enter_the_rollout_in_their_place() -> None:
         rollout.add(layer, attention(layer))
         if layer.index == 2:  # before this block the class token held itself only
             mixed = attention(layer).mean(dim=1)[:, 0, 0]
-            assert rollout.kinds == ("class", "register 1", "register 2")
+            assert rollout.token_types == ("class", "register 1", "register 2")
             torch.testing.assert_close(rollout.rows[:, 0, 0], (mixed + 1) / 2)
 
 

@@ -1,6 +1,8 @@
 """run/analyze.py: every command on a toy model and a few images, what it writes, and mistakes in one line."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import analysis.command as inputs
+import analysis.command as program
 import run.analyze as analyze
 from models import UserError, create_model
 from models.registry import OWN_SIZES
@@ -58,8 +60,8 @@ def analyse(command: str, out: Path, *flags: Any) -> dict[str, Any]:
 def test_norms_of_two_models(toy: str, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     specs = [f"{toy},label=one", f"{toy},num_registers=0,r=[9,0,9],label=two"]
-    found = analyse("norms", out, "--models", *specs, "--data", photos, "--show", 2, "--outlier-rule", "sigma:1")
-    one, two = found["models"]
+    content = analyse("norms", out, "--models", *specs, "--data", photos, "--show", 2, "--outlier-rule", "sigma:1")
+    one, two = content["models"]
     assert (one["label"], one["n_images"]) == ("one", 4)
     assert set(one["stages"]) == {"input", "0", "1", "2", "final norm"}
     assert set(one["stages"]["2"]) == {"patches", "class", "register 1", "register 2"}
@@ -75,14 +77,14 @@ def test_norms_of_two_models(toy: str, photos: Path, tmp_path: Path) -> None:
     arrays = np.load(out / "norms_two.npz")
     assert arrays["outlier_frequency"].shape == (8, 8)
     assert arrays["patch_counts"].sum(axis=1).tolist() == [4 * 64, 4 * 55, 4 * 55, 4 * 46, 4 * 46]
-    assert found["run"]["models"][1]["tokens"] == [56, 56, 47]
+    assert content["run"]["models"][1]["tokens"] == [56, 56, 47]
 
 
 def test_labels_never_share_a_file(toy: str, photos: Path, tmp_path: Path) -> None:
-    found = analyse(
+    content = analyse(
         "norms", tmp_path / "out", "--models", toy, toy, f"{toy},label=a b", f"{toy},label=a_b", *one_of(photos)
     )
-    assert len({row["label"] for row in found["models"]}) == 4
+    assert len({row["label"] for row in content["models"]}) == 4
     assert len(list((tmp_path / "out").glob("*.npz"))) == 4
 
 
@@ -92,8 +94,8 @@ def one_of(photos: Path) -> list[str]:
 
 def test_no_outlier_is_null_in_json(toy: str, photos: Path, tmp_path: Path) -> None:
     flags = ["--data", photos, "--limit", "1", "--outlier_rule", "abs:1000000"]
-    found = analyse("similarity", tmp_path / "out", "--models", toy, *flags)["models"][0]
-    assert found["neighbours"]["auc"] is None and found["cosines"]["outlier-outlier"] is None
+    content = analyse("similarity", tmp_path / "out", "--models", toy, *flags)["models"][0]
+    assert content["neighbours"]["auc"] is None and content["cosines"]["outlier-outlier"] is None
     assert "NaN" not in (tmp_path / "out" / "similarity.json").read_text()
 
 
@@ -109,13 +111,13 @@ def test_weights_that_are_not_finite(
 
 
 def test_norms_are_those_of_the_model(toy: str, photos: Path, tmp_path: Path) -> None:
-    found = analyse("norms", tmp_path / "out", "--models", toy, "--data", photos, "--show", 0)
-    own = analyze.build_parser().parse_args(["norms", "--models", toy, "--data", str(photos), "--out", "unused"])
-    loaded = inputs.load_models(own, FAST)[0]
+    content = analyse("norms", tmp_path / "out", "--models", toy, "--data", photos, "--show", 0)
+    args = analyze.build_parser().parse_args(["norms", "--models", toy, "--data", str(photos), "--out", "unused"])
+    loaded = program.load_models(args, FAST)[0]
     with torch.no_grad():
-        tokens = [loaded.model(batch.images, trace=True).tokens for batch in inputs.Images(own, loaded)]
+        tokens = [loaded.model(batch.images, trace=True).tokens for batch in program.Images(args, loaded)]
     lengths = torch.cat(tokens).norm(dim=-1)
-    final = found["models"][0]["stages"]["final norm"]
+    final = content["models"][0]["stages"]["final norm"]
     assert final["patches"]["mean"] == pytest.approx(float(lengths[:, 3:].mean()), rel=1e-5)
     assert final["class"]["mean"] == pytest.approx(float(lengths[:, 0].mean()), rel=1e-5)
     assert final["register 2"]["max"] == pytest.approx(float(lengths[:, 2].max()), rel=1e-5)
@@ -124,14 +126,14 @@ def test_norms_are_those_of_the_model(toy: str, photos: Path, tmp_path: Path) ->
 def test_attention_with_merging_and_at_another_size(toy: str, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--r", "9", "--input_size", "40", "--show", "2", "--patches", "0,0;9,9", "--batch_size", "3"]
-    found = analyse("attention", out, "--models", f"{toy},label=a", f"{toy},r=0,label=b", "--data", photos, *flags)
-    table = found["models"][0]["per_block"]
+    content = analyse("attention", out, "--models", f"{toy},label=a", f"{toy},r=0,label=b", "--data", photos, *flags)
+    table = content["models"][0]["per_block"]
     assert list(table) == ["class", "register 1", "register 2", "mean of patches"]
-    assert found["models"][0]["n_images"] == 4
-    for kind in table.values():
-        masses = np.array([kind[name] for name in ("class", "registers", "patches")])
+    assert content["models"][0]["n_images"] == 4
+    for metrics in table.values():
+        masses = np.array([metrics[name] for name in ("class", "registers", "patches")])
         np.testing.assert_allclose(masses.sum(axis=0), 1, atol=1e-5)
-        assert (np.array(kind["entropy"]) <= 1 + 1e-6).all()
+        assert (np.array(metrics["entropy"]) <= 1 + 1e-6).all()
     arrays = np.load(out / "attention_a.npz")
     assert arrays["maps"].shape == (2, 3, 4, 10, 10)
     assert arrays["patch_maps"].shape == (2, 3, 2, 10, 10)
@@ -143,24 +145,24 @@ def test_splitting_batches_changes_no_number(
     toy: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = analyse("attention", tmp_path / "a", "--models", toy, "--data", photos, "--show", 0)
-    monkeypatch.setattr("run._analyze_attention.MAP_BYTES", 1)  # one image at a time
+    monkeypatch.setattr("analysis.walk.MAP_BYTES", 1)  # one image at a time
     parts = analyse("attention", tmp_path / "b", "--models", toy, "--data", photos, "--show", 0)
-    for kind, metrics in whole["models"][0]["per_block"].items():
+    for token_type, metrics in whole["models"][0]["per_block"].items():
         for name, values in metrics.items():
-            assert parts["models"][0]["per_block"][kind][name] == pytest.approx(values, rel=1e-4)
+            assert parts["models"][0]["per_block"][token_type][name] == pytest.approx(values, rel=1e-4)
 
 
 def test_similarity_on_a_data_set_of_ours(toy: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--dataset", "DIGITS", "--limit", "7", "--outlier_rule", "sigma:1"]
-    found = analyse("similarity", out, "--models", f"{toy},r=5,label=a", *flags)["models"][0]
-    assert found["n_images"] == 7
-    pairs = found["neighbours"]["normal_pairs"] + found["neighbours"]["outlier_pairs"]
+    content = analyse("similarity", out, "--models", f"{toy},r=5,label=a", *flags)["models"][0]
+    assert content["n_images"] == 7
+    pairs = content["neighbours"]["normal_pairs"] + content["neighbours"]["outlier_pairs"]
     assert pairs == 7 * 4 * 8 * 7
-    assert -1 <= found["cosines"]["outlier-normal"] <= 1
-    assert found["map_kinds"] == ["class", "register 1", "register 2"]
-    assert np.diag(np.array(found["map_cosines"])) == pytest.approx(1, abs=1e-5)
-    assert np.array(found["cka"]).shape == (5, 5) and found["stages"][-1] == "final norm"
+    assert -1 <= content["cosines"]["outlier-normal"] <= 1
+    assert content["map_kinds"] == ["class", "register 1", "register 2"]
+    assert np.diag(np.array(content["map_cosines"])) == pytest.approx(1, abs=1e-5)
+    assert np.array(content["cka"]).shape == (5, 5) and content["stages"][-1] == "final norm"
     assert {file.stem.split("_")[1] for file in out.glob("*.png")} == {"neighbours", "outliers", "layers", "maps"}
 
 
@@ -181,11 +183,11 @@ def voc(tmp_path: Path) -> Path:
 def test_lost_at_native_resolution(toy: str, voc: Path, tmp_path: Path, view: str) -> None:
     out = tmp_path / "out"
     specs = ["--models", f"{toy},label=a", f"{toy},r=9,label=b"]
-    found = analyse("lost", out, *specs, "--voc", voc, "--visualize", view, "--show", 2, "--no-hard")
-    assert [row["n_images"] for row in found["models"]] == [2, 2]
+    content = analyse("lost", out, *specs, "--voc", voc, "--visualize", view, "--show", 2, "--no-hard")
+    assert [row["n_images"] for row in content["models"]] == [2, 2]
     boxes = json.loads((out / "preds.json").read_text())["a"]
     overlaps = np.array([box["iou"] for box in boxes])
-    assert found["models"][0]["corloc"] == pytest.approx(100 * (overlaps >= 0.5).mean())
+    assert content["models"][0]["corloc"] == pytest.approx(100 * (overlaps >= 0.5).mean())
     for box, (height, width) in zip(boxes, ((30, 44), (36, 42)), strict=True):
         x1, y1, x2, y2 = box["box"]
         assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
@@ -194,18 +196,18 @@ def test_lost_at_native_resolution(toy: str, voc: Path, tmp_path: Path, view: st
 
 def test_lost_sweep_says_that_it_flatters(toy: str, voc: Path, tmp_path: Path) -> None:
     flags = ["--sweep", "--visualize", "none", "--preset", "regs-small-vits", "--bias", "-0.3"]
-    found = analyse("lost", tmp_path / "out", "--models", toy, "--voc", voc, *flags)
+    content = analyse("lost", tmp_path / "out", "--models", toy, "--voc", voc, *flags)
     expected = {"feat": "v", "layer": -1, "k": 100, "center": True, "normalize": True, "bias": -0.3}
-    assert found["setting"] == expected
-    row = found["models"][0]
+    assert content["setting"] == expected
+    row = content["models"][0]
     assert len(row["sweep"]) == 3 * 3 * 11  # the toy has three blocks
     assert row["sweep_best"]["corloc"] == max(entry["corloc"] for entry in row["sweep"])
     assert "flatters" in row["sweep_note"]
 
 
 def test_lost_without_boxes_draws_only(toy: str, photos: Path, tmp_path: Path) -> None:
-    found = analyse("lost", tmp_path / "out", "--models", toy, "--data", photos, "--limit", "3", "--show", "2")
-    assert found["models"][0]["corloc"] is None
+    content = analyse("lost", tmp_path / "out", "--models", toy, "--data", photos, "--limit", "3", "--show", "2")
+    assert content["models"][0]["corloc"] is None
 
 
 @pytest.mark.parametrize(
@@ -219,14 +221,14 @@ def test_lost_without_boxes_draws_only(toy: str, photos: Path, tmp_path: Path) -
     ],
 )
 def test_specs(text: str, label: str | None, flags: tuple[str, ...]) -> None:
-    spec = inputs.parse_spec(text)
+    spec = program.parse_spec(text)
     assert (spec.label, spec.flags) == (label, flags)
 
 
 @pytest.mark.parametrize("text", ["", ":w.pth", "label=x", "deit_small,r", "deit_small,r=", "deit_small,,r=1"])
 def test_specs_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="--models"):
-        inputs.parse_spec(text)
+        program.parse_spec(text)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +283,21 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert command in text
         assert analyze.main([command, "--help"]) == 0
         assert "--models" in capsys.readouterr().out
+
+
+DOCUMENTS = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
+TEXT = "\n".join(file.read_text() for file in DOCUMENTS).replace("\\\n", " ")
+COMMANDS = re.findall(r"^ +python run/analyze\.py (?!COMMAND)(.+)$", TEXT, re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_parse(command: str) -> None:
+    args, main_argv = analyze.build_parser().parse_known_args(shlex.split(command))
+    for spec in program.specs_of(args):
+        program.main_args(main_argv, spec)
+    assert args.run is not None
+
+
+def test_every_command_is_documented() -> None:
+    (action,) = analyze.build_parser()._subparsers._group_actions  # type: ignore[union-attr]
+    assert {command.split()[0] for command in COMMANDS} == set(action.choices)  # type: ignore[arg-type]

@@ -143,17 +143,36 @@ def test_recorded_series_decays_as_with_correlated_patches() -> None:
     assert rd.simulate("protected", MERGES["16"], keys=rd.Simulation(images=2)) == [4.0] * 12
 
 
-def test_tally_pairs_by_image() -> None:
+def test_results_are_paired_by_image() -> None:
     logits = torch.eye(4)[torch.tensor([0, 1, 2, 3])] * 5
     dense = torch.eye(4)[torch.tensor([0, 1, 2, 0])] * 5
     alone = torch.tensor([[2, 1], [2, 2], [2, 0], [2, 1]])
-    wrong, right = rd.Tally(), rd.Tally()
+    wrong, right = rd.RuleResult(), rd.RuleResult()
     wrong.add(rd.RuleOutput(logits, alone, (3, 2)), dense, torch.tensor([0, 1, 0, 3]))
     right.add(rd.RuleOutput(dense, alone, (3, 2)), dense, torch.tensor([0, 1, 0, 3]))
-    row = wrong.row(right)
+    row = wrong.summary(right)
     assert row["agree"] == 75 and row["acc1"] == 75 and row["agree_minus_protected"] == -25
     assert row["registers_alone"] == [2.0, 1.0] and row["kl"] > 0
-    assert right.row(right)["kl"] == pytest.approx(0, abs=1e-12)
+    assert right.summary(right)["kl"] == pytest.approx(0, abs=1e-12)
+
+
+# From a notebook
+
+
+def test_a_model_in_memory() -> None:
+    model, images = tiny.ours(num_registers=2), tiny.images(6)
+    labelled = [(images, model(images).argmax(dim=1))]
+    result = rd.measure(model, labelled, schedules=("2", "4"), labelled=True, label="tiny")
+    rows = rd.summarise(result)
+    assert [(row["r"], row["rule"]) for row in rows] == [(r, rule) for r in ("2", "4") for rule in rd.RULES]
+    for row in rows:
+        assert row["acc1_unmerged"] == 100 and row["acc1"] == row["agree"] and row["n_images"] == 6
+        assert row["rule"] != "protected" or row["registers_alone"] == [2.0] * 3
+    more = rd.measure(model, images, registers=4, schedules=("2",), label="more")
+    assert more.registers == 4 and "acc1" not in rd.summarise(more)[0]
+    assert len(rd.draw([result, more]).axes) == 4
+    simulated = rd.simulate_all(model, ("2", "4"), rd.RULES, images=4)
+    assert len(simulated) == 6 and len(rd.draw_simulation(simulated).axes) == 2
 
 
 # The command

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from matplotlib.figure import Figure
 
+from analysis import lost as lost_instrument
 from analysis.lost import LostOptions, box_iou, component_box, corloc, dino_seg, lost
 from analysis.voc import open_voc, read_boxes
-from models import UserError
+from analysis.walk import allow_any_size
+from models import MergeConfig, UserError
 
 VOC = Path(__file__).resolve().parents[2] / "shared" / "data" / "voc2012_100"
 SIDE, PATCH = 6, 16
@@ -164,3 +168,33 @@ def test_the_folder_of_a_hundred_images() -> None:
     for image in images:
         assert (image.boxes >= 0).all() and (image.boxes[:, 2:] > image.boxes[:, :2]).all()
     assert (images[0].boxes[:, 2] <= picture.width).all() and (images[0].boxes[:, 3] <= picture.height).all()
+
+
+# From a notebook
+
+
+def test_a_model_in_memory() -> None:
+    model, images = tiny.ours(MergeConfig(r=2), num_registers=2), tiny.images(3)
+    result = lost_instrument.measure(model, images, label="tiny", show=2)
+    assert len(result.images) == 3 and len(result.shown) == 2 and lost_instrument.summarise(result)["corloc"] is None
+    expected = lost_instrument.localise(model, images[1], lost_instrument.LostSetting())
+    assert result.images[1]["box"] == expected.lost.box and result.images[1]["dino_seg"] == expected.dino_seg
+    for view in ("pred", "fms", "seed"):
+        assert isinstance(lost_instrument.draw([result, result], view), Figure)
+    with pytest.raises(UserError, match="layer is 3"):
+        lost_instrument.measure(model, images, setting=lost_instrument.LostSetting(layer=3))
+
+
+def test_scenes_of_any_size_with_objects() -> None:
+    model, lines = tiny.ours(num_registers=1), []
+    allow_any_size(model)
+    images = [tiny.images(1, size)[0] for size in ((40, 56), (32, 32))]
+    boxes = np.array([[0, 0, 8, 8], [0, 0, 50, 40]])
+    scenes = [lost_instrument.Scene(image, boxes, f"image {i}") for i, image in enumerate(images)]
+    torn = lost_instrument.Scene(None, boxes, "torn.jpg")
+    result = lost_instrument.measure(model, [*scenes, torn], sweep=True, report=lines.append)
+    row = lost_instrument.summarise(result)
+    assert row["n_images"] == 3 == len(result.overlaps) and result.overlaps[2] == 0.0
+    assert result.whole_image_overlaps[0] == pytest.approx(2000 / (40 * 56), rel=1e-4)
+    assert lines == ["unreadable, counted as missed: torn.jpg"]
+    assert len(row["sweep"]) == 3 * 3 * 11 and row["sweep_best"]["corloc"] == max(s["corloc"] for s in row["sweep"])

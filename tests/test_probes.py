@@ -1,4 +1,4 @@
-"""Probes: targets, least squares, splits, matching, tokens drawn, and the two commands."""
+"""Reconstruction and class probes: targets, least squares, splits, matching, tokens drawn; notebook and commands."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ import tiny
 import torch
 
 import run.analyze as analyze
-from analysis import probes as P
+from analysis import class_probes, probing, reconstruction
+from analysis.outliers import Rule
 from analysis.walk import walk
 from models import MergeConfig, UserError
 from models.registry import OWN_SIZES
@@ -19,7 +20,7 @@ TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads"
 
 def test_targets_are_the_pixels_of_a_patch_in_row_column_channel_order() -> None:
     images = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).float()
-    targets = P.patch_targets(images, (4, 6))
+    targets = reconstruction.patch_targets(images, (4, 6))
     assert targets.shape == (2, 4, 4 * 6 * 3)
     patch = targets[1, 3].view(4, 6, 3)  # second row, second column of patches
     for p, q, c in ((0, 0, 0), (3, 5, 2), (1, 4, 1)):
@@ -28,25 +29,27 @@ def test_targets_are_the_pixels_of_a_patch_in_row_column_channel_order() -> None
 
 def test_fold_inverts_unfold() -> None:
     images = tiny.images(2, (24, 40))
-    assert torch.equal(P.fold_targets(P.patch_targets(images, (8, 4)), (8, 4), (3, 10)), images)
+    assert torch.equal(
+        reconstruction.fold_targets(reconstruction.patch_targets(images, (8, 4)), (8, 4), (3, 10)), images
+    )
 
 
 def test_standardised_targets_and_a_constant_image() -> None:
-    targets = P.patch_targets(tiny.images(), (8, 8), standardise=True)
+    targets = reconstruction.patch_targets(tiny.images(), (8, 8), standardise=True)
     torch.testing.assert_close(targets.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
     torch.testing.assert_close(targets.var(-1), torch.ones(2, 16), atol=1e-4, rtol=0)
     flat = torch.full((1, 3, 16, 16), 0.7)
-    assert (P.patch_targets(flat, (8, 8), standardise=True).abs() < 1e-3).all()
-    assert (P.contrast(flat, (8, 8)) == P.contrast(flat, (8, 8)).min()).all()
+    assert (reconstruction.patch_targets(flat, (8, 8), standardise=True).abs() < 1e-3).all()
+    assert (reconstruction.contrast(flat, (8, 8)) == reconstruction.contrast(flat, (8, 8)).min()).all()
 
 
-def store_of(tmp_path: Path, images: int = 24, channels: int = 6) -> tuple[P.Store, torch.Tensor]:
+def store_of(tmp_path: Path, images: int = 24, channels: int = 6) -> tuple[probing.Store, torch.Tensor]:
     """Features of which the pixels (2 x 2 patches of 4 x 4 images) are a linear function."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(images, 4, channels, generator=generator).half().float()
     weight = torch.randn(channels, 12, generator=generator)
-    pictures = P.fold_targets(features @ weight + 0.5, (2, 2), (2, 2))
-    store = P.Store(tmp_path, images, (4, channels), (4, 4))
+    pictures = reconstruction.fold_targets(features @ weight + 0.5, (2, 2), (2, 2))
+    store = probing.Store(tmp_path)
     for part in range(0, images, 7):
         norms = torch.arange(part, min(part + 7, images)).float().unsqueeze(1).expand(-1, 4)
         store.add(features[part : part + 7], pictures[part : part + 7], norms)
@@ -54,25 +57,25 @@ def store_of(tmp_path: Path, images: int = 24, channels: int = 6) -> tuple[P.Sto
 
 
 def target(images: torch.Tensor) -> torch.Tensor:
-    return P.patch_targets(images, (2, 2))
+    return reconstruction.patch_targets(images, (2, 2))
 
 
 def test_least_squares_finds_a_linear_map_and_leaves_no_error(tmp_path: Path) -> None:
     store, weight = store_of(tmp_path)
     assert len(store) == 24 and store.norms[:, 0].tolist() == list(range(24))
-    folds = P.Folds.alternate(24)
-    probe = P.fit_linear(store, folds, target, batch=5)
+    folds = probing.Folds.alternate(24)
+    probe = probing.fit_linear(store, folds, target, batch=5)
     torch.testing.assert_close(probe.weight.T, weight, atol=5e-3, rtol=0)
     _, x, images = next(store.batches(folds.test, 50))
     assert float((probe(x) - target(images)).detach().square().mean()) < 1e-5
-    mean = P.mean_target(store, folds, target, batch=5)
-    torch.testing.assert_close(mean, target(store.read(folds.fit)[1]).mean(dim=(0, 1)))
+    mean = probing.mean_target(store, folds, target, batch=5)
+    torch.testing.assert_close(mean, target(store.read(folds.train)[1]).mean(dim=(0, 1)))
 
 
 def test_least_squares_is_numpys(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(50, 4)), generator.normal(size=(50, 3))
-    equations = P.LeastSquares(4, 3)
+    equations = probing.LeastSquares(4, 3)
     for part in np.array_split(np.arange(50), 4):
         equations.add(torch.tensor(x[part]), torch.tensor(y[part]))
     probe = equations.solve(ridge=0)
@@ -83,30 +86,30 @@ def test_least_squares_is_numpys(tmp_path: Path) -> None:
 
 def test_a_trained_probe_learns_and_keeps_its_best_weights(tmp_path: Path) -> None:
     store, _ = store_of(tmp_path)
-    folds = P.Folds.alternate(24)
+    folds = probing.Folds.alternate(24)
     torch.manual_seed(0)
-    probe = P.mlp_probe(6, 12)
-    square = lambda y, images: (y - target(images)).square().mean()  # noqa: E731
-    before = P._mean_loss(probe, store, folds.stop, square, 64)
+    probe = probing.mlp_probe(6, 12)
+    square = probing.squared_error(target)
+    before = probing.mean_loss(probe, store, folds.val, square, 64)
     lines: list[str] = []
-    P.train_probe(probe, store, folds, square, epochs=300, patience=20, batch=4, report=lines.append)
-    after = P._mean_loss(probe, store, folds.stop, square, 64)
+    probing.train_probe(probe, store, folds, square, epochs=300, patience=20, batch=4, report=lines.append)
+    after = probing.mean_loss(probe, store, folds.val, square, 64)
     assert after < 0.5 * before
     assert after == pytest.approx(min(float(line.split()[3]) for line in lines), abs=1e-4)
 
 
 def test_folds_do_not_overlap() -> None:
-    folds = P.Folds.alternate(25)
-    everything = [*folds.fit, *folds.stop, *folds.test]
-    assert sorted(everything) == list(range(25)) and folds.stop and len(folds.test) == 12
+    folds = probing.Folds.alternate(25)
+    everything = [*folds.train, *folds.val, *folds.test]
+    assert sorted(everything) == list(range(25)) and folds.val and len(folds.test) == 12
     with pytest.raises(UserError, match="at least 8"):
-        P.Folds.alternate(7)
+        probing.Folds.alternate(7)
 
 
 def test_split_means_recombine_to_the_total() -> None:
     generator = torch.Generator().manual_seed(0)
     errors, outlier = torch.rand(9, 16, generator=generator), torch.rand(9, 16, generator=generator) > 0.8
-    split = P.Split()
+    split = probing.Split()
     split.add(errors[:4], outlier[:4])
     split.add(errors[4:], outlier[4:])
     found = split.summary(draws=200)
@@ -122,7 +125,7 @@ def test_split_means_recombine_to_the_total() -> None:
 def test_interval_resamples_images_not_patches() -> None:
     """Images that agree inside and differ among each other: the interval is that of ten numbers."""
     errors = torch.arange(10.0).unsqueeze(1).expand(10, 400)
-    split = P.Split()
+    split = probing.Split()
     split.add(errors, torch.zeros(10, 400, dtype=torch.bool))
     low, high = split.summary()["normal_ci95"]
     assert 2.0 < low < 3.5 and 5.5 < high < 7.0  # 4.5 +- 1.96 * 2.87 / sqrt(10)
@@ -131,36 +134,38 @@ def test_interval_resamples_images_not_patches() -> None:
 def test_nearest_normal_patch_by_hand() -> None:
     prop = torch.tensor([1.0, 5.0, 2.0, 9.0, 4.9])
     outlier = torch.tensor([True, True, False, False, False])
-    first, second = P.nearest_normal(prop, outlier)
+    first, second = probing.nearest_normal(prop, outlier)
     assert first.tolist() == [0, 1] and second.tolist() == [2, 4]
-    assert len(P.nearest_normal(prop, ~torch.zeros(5, dtype=torch.bool))[0]) == 0
-    matched = P.Matched()
+    assert len(probing.nearest_normal(prop, ~torch.zeros(5, dtype=torch.bool))[0]) == 0
+    matched = probing.Matched()
     matched.add(torch.tensor([[4.0, 6.0, 1.0, 9.0, 4.0]]), outlier[None], prop[None])
     found = matched.summary(draws=20)
     assert (found["pairs"], found["outlier"], found["matched_normal"], found["ratio"]) == (2, 5.0, 2.5, 2.0)
-    assert P.Matched().summary() == {"pairs": 0}
+    assert probing.Matched().summary() == {"pairs": 0}
 
 
 def test_cell_distance() -> None:
-    assert P.cell_distance(torch.tensor([[0, 0, 5, 0, 0, 0]]), (2, 3))[0].tolist() == [0, 1, 1, 1, 2**0.5, 5**0.5]
+    assert reconstruction.cell_distance(torch.tensor([[0, 0, 5, 0, 0, 0]]), (2, 3))[0].tolist() == pytest.approx(
+        [0, 1, 1, 1, 2**0.5, 5**0.5], rel=1e-15
+    )
 
 
 @pytest.mark.parametrize("text", ["", "raw", "layer", "layer:x"])
 def test_unknown_features_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="prenorm"):
-        P.Feature.parse(text)
+        probing.Feature.parse(text)
 
 
 def test_features_are_those_of_the_token_a_patch_is_in() -> None:
     model, images = tiny.ours(MergeConfig(r=4), num_registers=2), tiny.images()
     out = model(images, trace=True)
-    features, norms = P.patch_features(model, images, P.Feature("postnorm"))
+    features, norms = probing.patch_features(model, images, probing.Feature("postnorm"))
     for b in range(2):
         for patch in range(16):
             torch.testing.assert_close(features[b, patch], out.tokens[b, 3 + out.group[b, patch]])
     *_, last = walk(model, images)
     assert norms[0, 5] == pytest.approx(float(last.after.x[0, 3 + out.group[0, 5]].norm()))
-    prenorm, _ = P.patch_features(model, images, P.Feature())
+    prenorm, _ = probing.patch_features(model, images, probing.Feature())
     torch.testing.assert_close(prenorm.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
 
 
@@ -169,10 +174,10 @@ def test_tokens_are_drawn_from_their_kind() -> None:
     *_, last = walk(model, images)
     norms, tokens = last.after.x[:, 3:].norm(dim=-1), model.norm(last.after.x)
     cut = float(norms.flatten().sort().values[-9])  # eight outliers
-    bank = P.TokenBank(draws=4)
+    bank = class_probes.TokenBank(draws=4)
     bank.add(model, images[:4], torch.arange(4), cut)
     bank.add(model, images[4:], torch.arange(2), cut)
-    assert bank.kinds[:3] == ["class", "register 1", "register 2"] and "mean of registers" in bank.kinds
+    assert bank.token_types[:3] == ["class", "register 1", "register 2"] and "mean of registers" in bank.token_types
     torch.testing.assert_close(torch.tensor(bank.tokens("class", 3)), tokens[:, 0])
     covered = (norms > cut).any(1)
     assert bank.covered.tolist() == covered.tolist()
@@ -188,11 +193,59 @@ def test_probes_of_the_class_read_what_is_there() -> None:
     generator = np.random.default_rng(0)
     y = np.arange(120) % 3
     x = generator.normal(size=(120, 5)) + 6 * np.eye(5)[y]
-    accuracy, strength = P.logistic_accuracy(x[:60], y[:60], x[60:], y[60:], 0, (0.01, 1.0))
+    accuracy, strength = class_probes.logistic_accuracy(x[:60], y[:60], x[60:], y[60:], 0, (0.01, 1.0))
     assert accuracy > 95 and strength in (0.01, 1.0)
-    assert P.knn_accuracy(x[:60], y[:60], x[60:], y[60:], 5) > 95
+    assert class_probes.knn_accuracy(x[:60], y[:60], x[60:], y[60:], 5) > 95
     shuffled = generator.permutation(y)
-    assert P.logistic_accuracy(x[:60], shuffled[:60], x[60:], shuffled[60:], 0, (1.0,))[0] < 65
+    assert class_probes.logistic_accuracy(x[:60], shuffled[:60], x[60:], shuffled[60:], 0, (1.0,))[0] < 65
+
+
+# From a notebook
+
+
+@pytest.mark.parametrize("probe", ["linear", "mlp"])
+def test_reconstruction_of_a_model_in_memory(probe: str) -> None:
+    model, images, lines = tiny.ours(MergeConfig(r=2), num_registers=2), tiny.images(24), []
+    result = reconstruction.measure(
+        model, images, probe=probe, epochs=2, outlier_rule=Rule("quantile", 0.8), label="tiny", report=lines.append
+    )
+    row = reconstruction.summarise(result)
+    assert (row["label"], row["n_fit"], row["n_stop"], row["n_test"]) == ("tiny", 10, 2, 12)
+    assert row["mse"]["outlier_patches"] + row["mse"]["normal_patches"] == 12 * tiny.PATCHES
+    assert any(line.startswith("position probe of tiny, epoch 1/2") for line in lines)
+    assert len(reconstruction.draw([result, result]).axes) == 3
+    shown = reconstruction.reconstruct(model, images[:3], result)
+    assert shown.decoded.shape == shown.images.shape == (3, 3, 32, 32) and shown.error.shape == (3, 4, 4)
+    figure = reconstruction.draw_images(result, shown, lambda x: x.clamp(0, 1).permute(0, 2, 3, 1).numpy())
+    assert len(figure.axes) == 9
+
+
+def test_a_perfect_linear_code_is_read_without_error() -> None:
+    """Tokens that are the pixels themselves: what is left is the rounding of the features that are kept in half."""
+    model = tiny.identity_blocks(tiny.ours(embed_dim=192, num_heads=3))
+    with torch.no_grad():
+        model.patch_embed.proj.weight.copy_(torch.eye(192).view_as(model.patch_embed.proj.weight))
+        model.patch_embed.proj.bias.zero_()
+        model.pos_embed.zero_()
+    result = reconstruction.measure(model, tiny.images(64), feature="postnorm", epochs=1)
+    assert result.errors["explained"]["all"] > 0.999
+
+
+def test_class_probes_of_a_model_in_memory() -> None:
+    labels = torch.arange(60) % 2
+    images = tiny.images(60)
+    images[torch.arange(60), labels] += 2.0  # red or green
+    batches = [(images[:40], labels[:40])], [(images[40:], labels[40:])]
+    rule = Rule("quantile", 0.5)
+    result = class_probes.measure(tiny.ours(num_registers=1), *batches, outlier_rule=rule, draws=2, strengths=(1.0,))
+    assert result.classes == 2 and set(result.accuracies) == {
+        *("class", "register 1", "mean of patches", "normal patch", "outlier patch")
+    }
+    assert result.accuracies["mean of patches"]["linear"] > 90
+    assert class_probes.summarise(result)["kinds"] is result.accuracies
+    assert len(class_probes.draw([result, result]).axes) == 2
+    with pytest.raises(UserError, match="too few"):
+        class_probes.measure(tiny.ours(), *batches, outlier_rule=Rule("abs", 1e6))
 
 
 # The commands

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import torch
 from PIL import Image
 
 import run.analyze as analyze
-from analysis.command import main_args, specs_of
-from analysis.html import Picture, Section, Table, lookup, render, rounded, show
+from analysis.html import EmbeddedPng, Section, Table, cell_text, render, rounded
 from analysis.log_images import GAP, log_images
+from analysis.report import lookup
 from models import MergeConfig
 from models.registry import OWN_SIZES
 
@@ -69,7 +68,9 @@ def self_contained(text: str) -> Page:
 def test_page_holds_everything_and_nothing_else() -> None:
     table = Table(("a", "b"), (("x<y", 0.123456), (None, 2)), "cap & tion")
     sections = [
-        Section("one", "First <b>", "text", (table,), (Picture(png(), 'a "picture"'),), raw={"v": [1.0, float("nan")]}),
+        Section(
+            "one", "First <b>", "text", (table,), (EmbeddedPng(png(), 'a "picture"'),), raw={"v": [1.0, float("nan")]}
+        ),
         Section("two", "Second", "text", problem="no <data>", command="python x.py --a 'b c'"),
     ]
     text = render("Title & more", "sub", sections, "foot")
@@ -92,7 +93,7 @@ def test_page_holds_everything_and_nothing_else() -> None:
 
 
 def test_small_things() -> None:
-    assert [show(v) for v in (None, float("nan"), 0.123456, 12, "x", 1e9)] == [
+    assert [cell_text(v) for v in (None, float("nan"), 0.123456, 12, "x", 1e9)] == [
         "-",
         "-",
         "0.1235",
@@ -102,9 +103,9 @@ def test_small_things() -> None:
     ]
     assert lookup({"a": {"b": 1}}, "a/b") == 1 and lookup({"a": 1}, "a/b") is None and lookup({}, "x") is None
     assert rounded({1: (0.123456789, "x")}) == {"1": [0.123457, "x"]}
-    assert Picture(png(40), "").width == 40
+    assert EmbeddedPng(png(40), "").width == 40
     with pytest.raises(ValueError, match="PNG"):
-        Picture(b"GIF89a", "")
+        EmbeddedPng(b"GIF89a", "")
 
 
 @pytest.fixture
@@ -201,19 +202,3 @@ def test_training_logs_pictures_every_k_epochs_and_nothing_changes(
 @pytest.mark.parametrize("flags", [["--log_images", "1"], ["--log_images", "1", "--eval", "--output_dir", "o"]])
 def test_logging_pictures_to_nowhere_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--log_images" in runs.refusal(capsys, runs.digits(*flags))
-
-
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "instruments_b.md"
-COMMANDS = re.findall(r"^ +python run/analyze\.py (.+)$", DOCUMENT.read_text().replace("\\\n", " "), re.M)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_documented_commands_parse(command: str) -> None:
-    own, rest = analyze.build_parser().parse_known_args(shlex.split(command))
-    for spec in specs_of(own):
-        main_args(rest, spec)
-    assert own.run is not None
-
-
-def test_the_document_has_commands() -> None:
-    assert {command.split()[0] for command in COMMANDS} == {"reconstruction", "probes", "ttr", "dynamics", "report"}

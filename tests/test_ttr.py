@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from matplotlib.figure import Figure
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
 import run.analyze as analyze
+from analysis import register_neurons
 from analysis import test_time_registers as ttr
+from analysis.outliers import Rule
 from analysis.walk import walk
 from models import MergeConfig, MergingViT, UserError
 from models.registry import OWN_SIZES
@@ -58,16 +61,16 @@ def patch_norms(model: MergingViT, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("registers", [0, 2])
 def test_a_planted_neuron_is_found_first_and_moved_to_the_token(registers: int) -> None:
     model, images = planted_model(registers), bright_patches()
-    table = ttr.norm_table(model, images.split(4))
+    table = register_neurons.norm_table(model, images.split(4))
     outliers = table.detection > 3 * table.detection.median()
     assert outliers.sum() == 5 and not outliers[-1].any()
     assert table.top_layer() == PLANTED[0]
-    ranking = ttr.find_neurons(model, images.split(4), outliers, table.top_layer(), top_k=5)
+    ranking = register_neurons.find_neurons(model, images.split(4), outliers, table.top_layer(), top_k=5)
     assert ranking.neurons[0] == PLANTED
     assert ranking.scores[0] > 3 * ranking.scores[1] and ranking.elsewhere[0] < 0.1 * ranking.scores[0]
     assert (ranking.images_with_outliers, ranking.images, ranking.outliers) == (5, 6, 5)
 
-    shifted = ttr.shift_neurons(model, [PLANTED])
+    shifted = register_neurons.shift_neurons(model, [PLANTED])
     before, after = patch_norms(model, images), patch_norms(shifted, images)
     assert before[:5].amax() > 1000 and after.amax() < 50  # clean: what is left is the bright patch itself
     *_, last = walk(shifted, images, r=0)
@@ -80,7 +83,7 @@ def test_scores_are_the_algorithm_of_the_paper() -> None:
     model, images = tiny.ours(seed=1), tiny.images(5)
     outliers = torch.rand(5, 16, generator=torch.Generator().manual_seed(0)) > 0.7
     outliers[2] = False
-    found = ttr.find_neurons(model, images.split(2), outliers, top_layer=1, top_k=2 * 96)
+    found = register_neurons.find_neurons(model, images.split(2), outliers, top_layer=1, top_k=2 * 96)
     score = dict(zip(found.neurons, found.scores, strict=True))
     seen: list[Tensor] = []
     hooks = [b.mlp.act.register_forward_hook(lambda m, i, out: seen.append(out)) for b in model.blocks[:2]]
@@ -102,22 +105,22 @@ def test_sparse_leaves_out_units_that_are_always_on() -> None:
     model, images = planted_model(), bright_patches()
     with torch.no_grad():
         model.blocks[0].mlp.fc1.bias[5] = 100.0
-    outliers = ttr.norm_table(model, [images]).detection > 50
-    both = [ttr.find_neurons(model, [images], outliers, 1, 3, sparse).neurons for sparse in (False, True)]
+    outliers = register_neurons.norm_table(model, [images]).detection > 50
+    both = [register_neurons.find_neurons(model, [images], outliers, 1, 3, sparse).neurons for sparse in (False, True)]
     assert both[0][0] == (0, 5) and both[1][0] == PLANTED and (0, 5) not in both[1]
 
 
 def test_shift_takes_the_peak_of_each_neuron_and_image() -> None:
     hidden = torch.tensor([[[1.0, 2.0, -7.0], [5.0, 3.0, 4.0], [0.0, 0.0, 0.0]]]).repeat(2, 1, 1)
     hidden[1] *= 2
-    out = ttr.Shift([2, 0], token=2)(hidden)
+    out = register_neurons.Shift([2, 0], token=2)(hidden)
     assert out[0].tolist() == [[0, 2, 0], [0, 3, 0], [5, 0, -7]]
     assert out[1].tolist() == [[0, 4, 0], [0, 6, 0], [10, 0, -14]]
 
 
 def test_batched_equals_one_by_one_and_weights_are_shared() -> None:
     model, images = tiny.ours(num_registers=2), tiny.images(4)
-    shifted = ttr.shift_neurons(model, [(0, 3), (0, 90), (2, 11)])
+    shifted = register_neurons.shift_neurons(model, [(0, 3), (0, 90), (2, 11)])
     single = torch.cat([shifted(image[None]) for image in images])
     torch.testing.assert_close(shifted(images), single)
     assert shifted.num_registers == 3 and model.num_registers == 2
@@ -127,20 +130,20 @@ def test_batched_equals_one_by_one_and_weights_are_shared() -> None:
 
 def test_no_neurons_is_the_identity() -> None:
     model, images = tiny.ours(num_registers=1), tiny.images()
-    assert torch.equal(ttr.shift_neurons(model, [])(images), model(images))
-    token_only = ttr.shift_neurons(model, [], add_token=True)
+    assert torch.equal(register_neurons.shift_neurons(model, [])(images), model(images))
+    token_only = register_neurons.shift_neurons(model, [], add_token=True)
     assert token_only.num_registers == 2 and (token_only.reg_token[:, -1] == 0).all()
 
 
 def test_original_and_random_streams_stay_as_they_were() -> None:
     model, images = tiny.ours(), tiny.images()
     before, state = model(images), torch.get_rng_state()
-    ttr.shift_neurons(model, [(0, 0)])
+    register_neurons.shift_neurons(model, [(0, 0)])
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(model(images), before)
 
 
 def test_shifted_models_merge() -> None:
-    model = ttr.shift_neurons(tiny.ours(MergeConfig(r=4)), [(0, 1)])
+    model = register_neurons.shift_neurons(tiny.ours(MergeConfig(r=4)), [(0, 1)])
     out = model(tiny.images(), trace=True)
     assert out.counts[-1] == 2 + 4 and (out.size[:, :2] == 1).all()
 
@@ -154,28 +157,54 @@ def test_gated_mlps_are_read_after_the_gate() -> None:
     for hook in hooks:
         hook.remove()
     for layer, expected in zip(layers, seen, strict=True):
-        torch.testing.assert_close(ttr.hidden_activations(layer), expected)
+        torch.testing.assert_close(register_neurons.hidden_activations(layer), expected)
 
 
 def test_random_neurons_are_others_of_the_same_blocks() -> None:
     chosen = [(0, 1), (0, 2), (2, 5)]
-    drawn = ttr.random_neurons(tiny.ours(), chosen, seed=1)
+    drawn = register_neurons.random_neurons(tiny.ours(), chosen, seed=1)
     assert sorted(block for block, _ in drawn) == [0, 0, 2] and not set(drawn) & set(chosen)
-    assert drawn != ttr.random_neurons(tiny.ours(), chosen, seed=2)
+    assert drawn != register_neurons.random_neurons(tiny.ours(), chosen, seed=2)
 
 
 @pytest.mark.parametrize("neurons", [[(3, 0)], [(0, 96)], [(0, -1)], [(0, 1), (0, 1)]])
 def test_neurons_that_do_not_exist_are_refused(neurons: list[tuple[int, int]]) -> None:
     with pytest.raises(UserError, match="neurons"):
-        ttr.shift_neurons(tiny.ours(), neurons)
+        register_neurons.shift_neurons(tiny.ours(), neurons)
 
 
 def test_top_layer_is_where_norms_double() -> None:
-    table = ttr.NormTable(torch.ones(2, 4), torch.tensor([[1.0, 1.5, 4.0, 9.0]] * 2))
+    table = register_neurons.NormTable(torch.ones(2, 4), torch.tensor([[1.0, 1.5, 4.0, 9.0]] * 2))
     assert table.top_layer() == 2
-    assert ttr.NormTable(torch.ones(2, 4), torch.tensor([[1.0, 1.1, 1.9, 2.0]] * 2)).top_layer() == 2
+    assert register_neurons.NormTable(torch.ones(2, 4), torch.tensor([[1.0, 1.1, 1.9, 2.0]] * 2)).top_layer() == 2
     with pytest.raises(UserError, match="nothing to find"):
-        ttr.find_neurons(tiny.ours(), [], torch.zeros(2, 16, dtype=torch.bool), 0, 1)
+        register_neurons.find_neurons(tiny.ours(), [], torch.zeros(2, 16, dtype=torch.bool), 0, 1)
+
+
+# From a notebook
+
+
+def test_a_planted_neuron_of_a_model_in_memory() -> None:
+    model, images = planted_model(), bright_patches()
+    found = ttr.find(model, images, outlier_rule=Rule("ratio", 3), top_k=3)
+    assert found.ranking.neurons[0] == PLANTED and found.top_layer == 1 and found.top_layer_how == "doubles"
+    assert ttr.summarise_neurons(found)["n_images_with_outliers"] == 5
+    cut = 2 * found.cut + 50  # above the bright patches themselves
+    result = ttr.measure(model, images, found.ranking.neurons, cut, top_k=(1,), controls=1)
+    rows = {row["variant"]: row for row in ttr.summarise(result)}
+    assert rows["before"]["outlier_share"] > 0 == rows["1 neurons moved"]["outlier_share"]
+    assert rows["1 random neurons, draw 1"]["outlier_share"] == rows["before"]["outlier_share"]
+    labelled = [(images, torch.zeros(6, dtype=torch.long))]
+    assert "acc1" in ttr.summarise(ttr.measure(model, labelled, (), found.cut, labelled=True))[0]
+    maps = ttr.compare(model, images, [PLANTED])
+    assert maps.norm_before.shape == maps.class_after.shape == (6, 4, 4)
+    assert maps.norm_after[:5].max() < 50 < maps.norm_before[:5].max()
+    for figure in (
+        ttr.draw_neurons(found),
+        ttr.draw(result),
+        ttr.draw_maps(maps, images.clamp(0, 1).permute(0, 2, 3, 1).numpy(), found.cut, 1),
+    ):
+        assert isinstance(figure, Figure)
 
 
 # The commands
@@ -207,7 +236,7 @@ def test_find_apply_eval(toy: list[str], tmp_path: Path) -> None:
     [
         (["find", "--outlier_rule", "much"], "outlier rule"),
         (["find", "--top_layer", "9"], "--top_layer"),
-        (["find", "--detection_layer", "9"], "layer 9"),
+        (["find", "--detection_layer", "9"], "--detection_layer is 9"),
         (["find", "--outlier_rule", "abs:1000000"], "nothing to find"),
         (["eval"], "--neurons"),
         (["apply", "--neurons", "nowhere.json"], "nowhere.json"),

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import run.visualize as visualize
-from analysis import pictures
+from analysis import panels, pictures
+from analysis import walk as walking
 from analysis.walk import attention, walk
 from models import MergeConfig, MergingViT, UserError
 from models.registry import OWN_SIZES
@@ -40,7 +41,7 @@ def photos(tmp_path: Path) -> Path:
 def test_a_groups_colour_is_the_mean_of_its_pixels() -> None:
     images = torch.rand(2, 3, 12, 8, generator=torch.Generator().manual_seed(0))
     group = torch.tensor([[0, 1, 1, 2, 0, 2], [0, 0, 0, 0, 0, 1]])
-    colours = visualize.mean_colours(images, group, (3, 2))
+    colours = panels.mean_colours(images, group, (3, 2))
     for b in range(2):
         for patch in range(6):
             members = [m for m in range(6) if group[b, m] == group[b, patch]]
@@ -50,7 +51,7 @@ def test_a_groups_colour_is_the_mean_of_its_pixels() -> None:
 
 def test_outlines_run_between_groups_and_nowhere_else() -> None:
     group = np.array([[0, 0, 1], [2, 2, 1]])
-    picture = visualize.draw_groups(np.full((2, 3, 3), 0.8), group, cell=10)
+    picture = panels.draw_groups(np.full((2, 3, 3), 0.8), group, cell=10)
     dark = picture.max(axis=2) < 100
     expected = np.zeros((20, 30), dtype=bool)
     expected[9:11, :20] = True  # between the rows, not inside group 1
@@ -61,17 +62,17 @@ def test_outlines_run_between_groups_and_nowhere_else() -> None:
 
 
 def test_outlines_show_on_black() -> None:
-    picture = visualize.draw_groups(np.zeros((1, 2, 3)), np.array([[0, 1]]), cell=8)
+    picture = panels.draw_groups(np.zeros((1, 2, 3)), np.array([[0, 1]]), cell=8)
     assert picture[0, 0, 0] == 0 and picture[0, 7, 0] > 60
 
 
 def test_input_panel_fits_the_groups() -> None:
-    assert visualize.to_picture(torch.rand(3, 32, 48), (4, 6), 42).shape == (4 * 42, 6 * 42, 3)
+    assert panels.to_picture(torch.rand(3, 32, 48), (4, 6), 42).shape == (4 * 42, 6 * 42, 3)
 
 
 def test_layout_is_one_picture_of_equal_panels() -> None:
     panel = np.full((30, 40, 3), 7, dtype=np.uint8)
-    canvas = visualize.lay_out([[panel] * 3] * 2, [("a", "b")] * 3, ["first", "second"])
+    canvas = panels.lay_out([[panel] * 3] * 2, [("a", "b")] * 3, ["first", "second"])
     pixels = np.asarray(canvas)
     assert (pixels == 7).all(axis=2).sum() == 6 * 30 * 40
     assert (pixels[:, -5:] == 255).all() and (pixels[-3:] == 255).all()
@@ -83,7 +84,7 @@ def test_any_prefix(toy: list[str], flags: list[str], tmp_path: Path, capsys: py
     words = [*toy, "--r", "4", *flags, "--num_images", "2", "--blocks", "0,2", "--out", str(out)]
     assert visualize.main(words) == 0, capsys.readouterr().err
     panel = 84 * 4  # four patches a side
-    assert Image.open(out).width == 3 * panel + 4 * visualize.GAP
+    assert Image.open(out).width == 3 * panel + 4 * panels.GAP
 
 
 def test_titles_count_the_groups_that_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +93,8 @@ def test_titles_count_the_groups_that_are_drawn(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         out = model(images, trace=True)
     titles: list[tuple[str, str]] = []
-    monkeypatch.setattr(visualize, "lay_out", lambda rows, shown, *_: titles.extend(shown))
-    given = visualize.Pictures(images, visualize.DataConfig(), ("a", "b"))
-    visualize.draw_merged(images, out.groups, (0, 1, 2), (4, 4), given)
+    monkeypatch.setattr(pictures, "lay_out", lambda rows, shown, *_: titles.extend(shown))
+    pictures.draw(pictures.measure(model, images), blocks=(0, 1, 2))
     assert titles == [("input", "16 patches"), *((f"after block {i}", f"{12 - 4 * i} patch tokens") for i in range(3))]
     assert [count - 3 for count in out.counts] == [12, 8, 4]
     assert MergeConfig(r=4) == model.merge
@@ -104,9 +104,9 @@ def test_folder_of_images_at_another_resolution(toy: list[str], photos: Path, tm
     out = tmp_path / "tokens.png"
     words = [*toy, "--r", "0.3", "--images", str(photos), "--input_size", "48", "--out", str(out)]
     assert visualize.main(words) == 0
-    cell = round(visualize.PANEL / 6)
+    cell = round(pictures.PANEL / 6)
     picture = Image.open(out)
-    assert picture.width == 4 * 6 * cell + 5 * visualize.GAP  # input and all three blocks
+    assert picture.width == 4 * 6 * cell + 5 * panels.GAP  # input and all three blocks
     assert picture.height > 2 * 6 * cell
 
 
@@ -187,45 +187,45 @@ METHODS = [
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.method} {config.one_step_ahead}")
-def test_states_are_those_of_the_forward(config: MergeConfig) -> None:
+def test_groups_are_those_of_the_forward(config: MergeConfig) -> None:
     model, images = build(merge=config, register_layer=1)
-    states = pictures.block_states(model, images)
+    blocks = pictures.block_merges(model, images)
     with torch.no_grad():
         out = model(images, trace=True)
-    for state, group in zip(states, out.groups, strict=True):
-        assert (state.group == group).all()
+    for block, group in zip(blocks, out.groups, strict=True):
+        assert (block.group == group).all()
         same = group.unsqueeze(1) == group.unsqueeze(2)
-        assert (state.size == same.sum(dim=2)).all()
-    assert any(state.pairs.shape[1] for state in states)
+        assert (block.size == same.sum(dim=2)).all()
+    assert any(block.pairs.shape[1] for block in blocks)
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.method} {config.one_step_ahead}")
 def test_pairs_explain_the_groups(config: MergeConfig) -> None:
     """Joining the pairs of a block, and nothing else, turns its incoming groups into the outgoing ones."""
-    for state in pictures.block_states(*build(merge=config)):
-        for i, group in enumerate(state.before.group):
+    for block in pictures.block_merges(*build(merge=config)):
+        for i, group in enumerate(block.group_in):
             joined = group.clone()
-            for merged, target in state.pairs[i].tolist():
+            for merged, target in block.pairs[i].tolist():
                 joined[joined == merged] = target
-            expected = state.group[i].unsqueeze(0) == state.group[i].unsqueeze(1)
+            expected = block.group[i].unsqueeze(0) == block.group[i].unsqueeze(1)
             assert ((joined.unsqueeze(0) == joined.unsqueeze(1)) == expected).all()
 
 
 def test_many_images_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0))
-    whole = pictures.block_states(model, images, range(3))
-    monkeypatch.setattr(pictures, "MAP_BYTES", 1)
-    for one, other in zip(whole, pictures.block_states(model, images, range(3)), strict=True):
-        assert (one.group == other.group).all() and (one.pairs == other.pairs).all()
-        assert list(one.criteria) == ["attention", "informativeness", "size", "similarity"]
-        for name, values in one.criteria.items():
-            torch.testing.assert_close(values, other.criteria[name])
+    whole = pictures.block_merges(model, images, range(3))
+    monkeypatch.setattr(walking, "MAP_BYTES", 1)
+    for at_once, in_parts in zip(whole, pictures.block_merges(model, images, range(3)), strict=True):
+        assert (at_once.group == in_parts.group).all() and (at_once.pairs == in_parts.pairs).all()
+        assert list(at_once.criteria) == ["attention", "informativeness", "size", "similarity"]
+        for name, values in at_once.criteria.items():
+            torch.testing.assert_close(values, in_parts.criteria[name])
 
 
 def test_criteria_by_hand() -> None:
     model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0, tau_sim=0.5, tau_info=3, tau_size=2))
     layer = list(walk(model, images))[2]
-    found = pictures.mctf_criteria(layer, model.merge)
+    found = pictures.token_scores(layer)
     received = attention(layer).mean(dim=(1, 2))
     prefix, count = layer.num_prefix_tokens, layer.before.x.shape[1]
     torch.testing.assert_close(found["attention"], received[:, prefix:] * count)
@@ -246,37 +246,37 @@ def test_criteria_without_looking_ahead_compare_what_leaves_the_block() -> None:
     plain = list(walk(model, images, r=0))[1]
     x = torch.nn.functional.normalize(plain.after.x[:, 3:], dim=-1)
     expected = (x @ x.transpose(1, 2))[:, 0, 1::2].amax(dim=1)
-    found = pictures.mctf_criteria(list(walk(model, images))[1], model.merge)["similarity"][:, 0]
+    found = pictures.token_scores(list(walk(model, images))[1])["similarity"][:, 0]
     torch.testing.assert_close(found, (expected + 1) / 2)
 
 
 def test_lines_colour_what_merges_and_nothing_else() -> None:
     group = np.array([[0, 0, 1], [2, 3, 4], [5, 5, 6]])
     picture = np.full((60, 60, 3), 120, dtype=np.uint8)
-    drawn = pictures.draw_pairs(picture, group, np.array([[0, 1]]), cell=20).astype(int)
+    drawn = panels.draw_pairs(picture, group, np.array([[0, 1]]), cell=20).astype(int)
     assert abs(drawn[23:] - 120).max() <= 2
     saturation = np.ptp(drawn, axis=2)
     assert saturation[1, 1] > saturation[1, 58] > 20  # merged, then joined
     assert drawn[10, 25].min() > 200  # on the line
-    nothing = pictures.draw_pairs(picture, group, np.zeros((0, 2), dtype=int), cell=20)
+    nothing = panels.draw_pairs(picture, group, np.zeros((0, 2), dtype=int), cell=20)
     assert (nothing == picture).all()
 
 
 def test_colour_scales() -> None:
-    scale = pictures.Scale(1.0, 100.0, log=True)
-    np.testing.assert_allclose(scale.place(np.array([0.5, 1, 10, 100, 200])), [0, 0, 0.5, 1, 1], atol=1e-9)
+    scale = panels.Scale(1.0, 100.0, log=True)
+    np.testing.assert_allclose(scale.position(np.array([0.5, 1, 10, 100, 200])), [0, 0, 0.5, 1, 1], atol=1e-9)
     assert scale.ticks() == [1, 2, 5, 10, 20, 50, 100]
-    assert pictures.Scale(0.71, 0.98).ticks() == pytest.approx([0.75, 0.8, 0.85, 0.9, 0.95])
-    same = pictures.Scale(1.0, 1.0)
-    assert same.ticks() == [1.0] and not same.place(np.ones(2)).any()
+    assert panels.Scale(0.71, 0.98).ticks() == pytest.approx([0.75, 0.8, 0.85, 0.9, 0.95])
+    same = panels.Scale(1.0, 1.0)
+    assert same.ticks() == [1.0] and not same.position(np.ones(2)).any()
 
 
 def test_all_views_with_film_and_data(toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, film, data = tmp_path / "t.png", tmp_path / "new" / "t.gif", tmp_path / "other" / "t.npz"
     words = [*toy, "--merge", "mctf", "--r", "4", "--min_tokens", "0", "--num_registers", "1", "--num_images", "2"]
-    words += ["--blocks", "1,2", "--views", *visualize.VIEWS, "--out", str(out)]
+    words += ["--blocks", "1,2", "--views", *pictures.VIEWS, "--out", str(out)]
     assert visualize.main([*words, "--gif", str(film), "--data_out", str(data)]) == 0, capsys.readouterr().err
-    width = 3 * 336 + 4 * visualize.GAP + visualize.LEGEND
+    width = 3 * 336 + 4 * panels.GAP + panels.LEGEND
     assert Image.open(out).width == width and Image.open(out).height > 2 * 6 * 336
     with Image.open(film) as frames:
         assert frames.n_frames == 4 and frames.info["loop"] == 0  # type: ignore[attr-defined]
@@ -294,15 +294,14 @@ def test_all_views_with_film_and_data(toy: list[str], tmp_path: Path, capsys: py
 
 def test_a_picture_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = build()
-    given = visualize.Pictures(images, visualize.DataConfig(), ("a", "b", "c"))
-    drawing = visualize.make_drawing(given, (4, 4), ("groups",), pictures.block_states(model, images), (0, 2))
-    monkeypatch.setattr(visualize, "GIF_IMAGES", 2)
-    two = list(visualize.frames(drawing))
-    monkeypatch.setattr(visualize, "GIF_IMAGES", 9)
-    assert len(two) == 3 and two[0].height < next(visualize.frames(drawing)).height
-    monkeypatch.setattr(visualize, "MAX_PIXELS", 9 * 336**2 - 1)
+    result = pictures.measure(model, images)
+    monkeypatch.setattr(pictures, "FRAME_IMAGES", 2)
+    two = list(pictures.draw_frames(result, blocks=(0, 2)))
+    monkeypatch.setattr(pictures, "FRAME_IMAGES", 9)
+    assert len(two) == 3 and two[0].height < next(pictures.draw_frames(result, blocks=(0, 2))).height
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 9 * 336**2 - 1)
     with pytest.raises(UserError, match="num_images"):
-        visualize.draw_views(drawing)
+        pictures.draw(result, blocks=(0, 2))
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real images here")
@@ -311,4 +310,21 @@ def test_real_images(tmp_path: Path) -> None:
     words = ["merged", "--model", "deit_tiny", "--weights", str(DATA / "deit_tiny_imagenet.safetensors"), "--r", "16"]
     words += ["--images", str(DATA / "imagenette" / "val"), "--num_images", "1", "--device", "cpu", "--out", str(out)]
     assert visualize.main(words) == 0
-    assert Image.open(out).width == 5 * 336 + 6 * visualize.GAP
+    assert Image.open(out).width == 5 * 336 + 6 * panels.GAP
+
+
+# From a notebook
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_in_memory(wrapped: bool) -> None:
+    model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0))
+    result = pictures.measure(model, [(images[:2], None), (images[2:], None)] if wrapped else images, criteria=range(3))
+    picture = pictures.draw(result, views=pictures.VIEWS, blocks=(1,))
+    assert picture.width == 2 * 336 + 3 * panels.GAP + panels.LEGEND
+    assert (
+        result.captions == ("image 1", "image 2", "image 3") and 0 <= result.pictures.min() < result.pictures.max() <= 1
+    )
+    assert [block["patch_tokens"] for block in pictures.summarise(result)["blocks"]] == [16, 12, 8]
+    assert pictures.arrays(result)["group"].shape == (3, 3, 16)
+    assert len(list(pictures.draw_frames(result))) == 1 + 3

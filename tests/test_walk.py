@@ -1,8 +1,6 @@
 """The view of the instruments is the forward itself: same tokens, same groups, same attention."""
 
-import ast
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,27 +113,3 @@ def test_any_size_is_timms_dynamic_size_and_changes_nothing_at_the_own_size() ->
     fixed.eval()(images)
     with pytest.raises(AssertionError):
         fixed(odd)  # the model it was made from stays as it was
-
-
-CORE = "__init__ blocks checkpoint criteria errors gmacs merging parameters registry schedule vit".split()
-INSTRUMENTS = "analysis capture charts log_images lost probes register_dynamics report test_time_registers".split()
-
-
-def imported(file: Path) -> set[str]:
-    """Modules of models/ and run/ that a file imports, wherever in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-def test_the_core_imports_no_instrument(repo: Path) -> None:
-    core = [repo / "models" / f"{name}.py" for name in CORE]
-    core += [repo / f"{name}.py" for name in ("losses", "datasets", "utils")]
-    for file in core:
-        found = imported(file)
-        assert not found & {f"models.{name}" for name in INSTRUMENTS}, file.name
-        assert not any(name.split(".")[0] in ("run", "matplotlib") for name in found), file.name
