@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from models import UserError
 
 from . import charts
-from .inputs import Images, as_list, batches, evaluation
+from .inputs import ImageBatches, as_list, batches, evaluation
 from .outliers import DEFAULT_RULE, Histogram, Rule, bimodality, bin_edges, norms
 from .walk import Layer, check_layer, final, layer_at, to_grid, walk
 
@@ -78,7 +78,7 @@ class NormResult:
 @torch.no_grad()
 def measure(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     *,
     layer: int = -1,
     label: str = "model",
@@ -140,7 +140,7 @@ def _count(result: NormResult, stage: int, lengths: torch.Tensor, layer: Layer) 
 
 
 @torch.no_grad()
-def norm_maps(model: VisionTransformer, images: Images, *, layer: int = -1) -> np.ndarray:
+def norm_maps(model: VisionTransformer, images: ImageBatches, *, layer: int = -1) -> np.ndarray:
     """Norms of the patch tokens after a block, for a few images (K,3,H,W): (K,gh,gw)."""
     maps = []
     with evaluation(model) as model:

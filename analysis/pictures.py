@@ -24,7 +24,7 @@ from models.methods import METHODS, Method
 from models.schedule import format_schedule
 from models.vit import MergingViT
 
-from .inputs import Images, evaluation
+from .inputs import ImageBatches, evaluation
 from .panels import Scale, draw_groups, draw_heat, draw_pairs, lay_out, mean_colours, stretch, to_picture
 from .walk import Layer, in_parts, patch_grid, walk
 
@@ -161,7 +161,7 @@ class MergedTokensResult:
 
 def measure(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     *,
     pictures: Tensor | None = None,
     captions: Sequence[str] = (),
@@ -171,7 +171,7 @@ def measure(
     """Follow the patches of a few images through all blocks.
 
     Args:
-        images: see `inputs.Images`; all of them are held in memory.
+        images: see `inputs.ImageBatches`; all of them are held in memory.
         pictures: (B,3,H,W) the same in [0, 1]; None: each image scaled to that range.
         captions: one per image; none: their numbers.
         criteria: blocks whose criteria are wanted, for the view `criteria`.
