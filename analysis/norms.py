@@ -343,10 +343,10 @@ def draw_images(
     maps = [maps] if isinstance(maps, np.ndarray) else maps
     cut = rule.cut(results[0].judged)
     cells = [[charts.image_cell(picture)] for picture in pictures]
-    for result, norm_maps_ in zip(results, maps, strict=True):
+    for result, of_model in zip(results, maps, strict=True):
         median = result.judged.quantile(0.5)
         limits = (result.judged.quantile(0.001), max(result.judged.quantile(0.995), median * 1.2))
-        for row, values in zip(cells, norm_maps_, strict=True):
+        for row, values in zip(cells, of_model, strict=True):
             row.append(charts.map_cell(values, limits, values > cut))
     note = f"norm of patch tokens after block {results[0].layer}; red: above the shared cut"
     return charts.picture_table(cells, ["input", *(result.label for result in results)], note=note)
