@@ -426,5 +426,6 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, 
         for line in zip(*columns, strict=True)
     ]
     if not markdown:
-        return "\n".join("  ".join(line).rstrip() for line in lines)
+        plain_rule = ["-" * width for width in widths]
+        return "\n".join("  ".join(line).rstrip() for line in [lines[0], plain_rule, *lines[1:]])
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

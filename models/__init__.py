@@ -6,5 +6,7 @@ from .merging import merge_by_map, unmerge
 from .registry import create_model
 from .vit import MergeOutput, MergingViT, apply_merging
 
+__version__ = "0.2.0"
+
 __all__ = ["MergeConfig", "MergeOutput", "MergingViT", "UserError", "apply_merging", "create_model"]
 __all__ += ["merge_by_map", "unmerge"]

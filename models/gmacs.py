@@ -45,8 +45,10 @@ def block_macs(block: MergingBlock, tokens: int, left: int, rule: Method) -> int
 
 def linear_macs(module: nn.Module) -> int:
     """Multiply-adds per token of all linear layers of a module, also those inside adapters and quantised ones."""
-    leaves: list[Any] = [part for part in module.modules() if not list(part.children())]
-    return sum(part.in_features * part.out_features for part in leaves if hasattr(part, "out_features"))
+    layers: list[Any] = [part for part in module.modules() if hasattr(part, "out_features")]
+    # an adapter is as wide as the layer in it, and only what is inside computes
+    innermost = (part for part in layers if sum(inner in layers for inner in part.modules()) == 1)
+    return sum(part.in_features * part.out_features for part in innermost)
 
 
 def _head_macs(model: MergingViT, tokens: int) -> int:

@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# Sourced by test.sh and quickstart.sh: sets PYTHON to an interpreter that has requirements.txt installed.
+# Sourced by test.sh and quickstart.sh: sets PYTHON to an interpreter that has requirements.txt installed, and puts its
+# commands (torchrun, ...) first in PATH.
 #
 # The environment is $REGTOME_VENV; or .venv; or, with CI=true and no .venv, a folder under ~/.cache/regtome that is
-# named after requirements.txt and kept between runs. A stamp in it holds the hash of the requirements that it has: it is
+# named after what is installed and kept between runs. A stamp in it holds the hash of the requirements that it has: it is
 # written last, so that a torn or outdated installation is done again, and a good one costs nothing.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,8 +13,11 @@ die() {
   exit "${2:-1}"
 }
 
+# The checkout's own modules are not part of it, for nothing here imports their installed copy.
 requirements_hash() {
-  if command -v sha256sum >/dev/null; then sha256sum <"$ROOT/requirements.txt"; else shasum -a 256 <"$ROOT/requirements.txt"; fi | cut -c1-64
+  local sum=(sha256sum)
+  command -v sha256sum >/dev/null || sum=(shasum -a 256)
+  cat "$ROOT/requirements.txt" "$ROOT/setup.py" "$ROOT/run/torchrun.py" | "${sum[@]}" | cut -c1-64
 }
 
 venv_folder() { # HASH
@@ -47,36 +51,10 @@ install_venv() { # FOLDER STAMP HASH
   fi
   rm -f "$2"
   echo "installing requirements.txt into $1 (once; torch is large)"
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" ||
+  # regtome itself brings the torchrun that takes main.py's --r on every Python (run/torchrun.py)
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" "$ROOT" ||
     die "pip could not install requirements.txt into $1; its message is above"
-  mend_torchrun "$1"
   printf '%s\n' "$3" >"$2"
-}
-
-# Up to Python 3.12.6 argparse takes main.py's --r for an abbreviation of torchrun's own options and refuses it as
-# ambiguous, although it comes after the script. This environment's torchrun knows no abbreviations.
-mend_torchrun() { # FOLDER
-  cat >"$1/bin/torchrun" <<'END'
-#!/bin/sh
-'''exec' "$(dirname "$0")/python" "$0" "$@"
-'''
-import sys
-
-import torch.distributed.run as run
-
-build = run.get_args_parser
-
-
-def without_abbreviations():
-    parser = build()
-    parser.allow_abbrev = False
-    return parser
-
-
-run.get_args_parser = without_abbreviations
-sys.exit(run.main())
-END
-  chmod +x "$1/bin/torchrun"
 }
 
 ensure_venv() {
@@ -94,7 +72,7 @@ ensure_venv() {
     [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ] && "$PYTHON" -c '' 2>/dev/null || install_venv "$folder" "$stamp" "$hash"
     exec 9<&-
   fi
-  export PYTHON
+  export PYTHON PATH="$folder/bin:$PATH"
 }
 
 ensure_venv

@@ -1,4 +1,4 @@
-"""Images per second of merging models against two yardsticks measured in the same rounds.
+"""Images per second of merging models against two baselines measured in the same rounds.
 
 python run/benchmark.py --models deit_small --methods tome mctf --r 16 --num_registers 4 --batch_sizes 16 --rounds 20
 python run/benchmark.py --models deit_base --dtypes bf16 --modes eager compiled --batch_sizes 1 32 256 --device cuda
@@ -34,36 +34,50 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis import charts
 from analysis.ideal import ideal_model
-from analysis.operators import operator_times, overhead_table
+from analysis.operators import operator_times
 from build import device_name
 from datasets import DataConfig, build_data, build_eval_loader
 from engine import quartiles, seconds_of
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.gmacs import gmacs
+from models.methods import METHODS, variants
 from models.registry import check_name, data_settings, native_model
 from models.schedule import format_schedule
-from options import Parser, parse_args
-from run.results import COLOURS, collect, pareto
-from utils import compile_model, git_revision, log, nearest, seed_all, setup_output, versions, write_json
+from options import Parser, exit_status, parse_args
+from run.results import Point, collect, draw_accuracies, save
+from utils import compile_model, git_revision, log, nearest, seed_all, setup_output, table, versions, write_json
 
-# name -> keywords of MergeConfig; a method with its own r ignores --r
-METHODS: dict[str, dict[str, Any]] = {
-    "tome": {"method": "tome"},
-    "mctf": {"method": "mctf"},
-    "mctf_fast": {"method": "mctf", "r": 0.35, "activate_layers": (3, 6, 9)},
-    "mctf_off": {"method": "mctf", "one_step_ahead": "off"},
-    "mctf_precise": {"method": "mctf", "one_step_ahead": "precise"},
-    "mctf_max": {"method": "mctf", "pooling": "max"},
-    "lgtm": {"method": "lgtm"},
-    "none": {"method": "none", "r": 0},
-}
+
+def configurations() -> dict[str, dict[str, Any]]:
+    """The choices of --methods by name, as keywords of `MergeConfig`.
+
+    They are the published variants, and every method with each choice of a setting that is not its default
+    (mctf_off, mctf_max, ...). --r replaces the r of a variant unless that comes with blocks of its own.
+    """
+    choices = {
+        f"{name}_{choice}": {"method": name, knob.name: choice}
+        for name, method in METHODS.items()
+        for knob in method.knobs().values()
+        for choice in knob.choices
+        if choice != knob.default and name != "none"
+    }
+    published = {
+        name: keywords if "activate_layers" in keywords else {k: v for k, v in keywords.items() if k != "r"}
+        for name, keywords in variants().items()
+    }
+    return {"none": {"method": "none", "r": 0}, **published, **choices}
+
+
+CONFIGURATIONS = configurations()
 PHASES = {
     "inference": "the forward alone",
     "train": "a step of forward, backward and AdamW",
@@ -76,13 +90,14 @@ MODES: dict[str, dict[str, Any] | None] = {
     "compiled": {},
     "cudagraphs": {"mode": "reduce-overhead"},
 }
+SHOWN_OPERATORS = 15  # in a table of --profile
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 UNTIMED = "no row of --results is timed in this run; give --models, --num_registers and --r of at least one"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the models that take turns have in common."""
+class BenchmarkSetting:
+    """What all models have in common that take turns in the same rounds."""
 
     model: str
     phase: str
@@ -93,8 +108,13 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One model of a setting. `ideal` names the contestant that is its yardstick, `native` the dense one."""
+class Variant:
+    """One of the models that take turns.
+
+    Attributes:
+        describe: what a row of the result says about it.
+        ideal: the name of the variant that drops the same tokens at no cost.
+    """
 
     name: str
     module: nn.Module
@@ -102,12 +122,12 @@ class Contestant:
     ideal: str | None = None
 
 
-Key = tuple[str, str]  # name and mode of what takes part
+Key = tuple[str, str]  # a variant's name, and eager or compiled
 
 
 @dataclass(frozen=True)
-class Step:
-    """Something to time: a call, and the images that it takes."""
+class TimedCall:
+    """A call to time, and the images that it takes."""
 
     run: Callable[[], Any]
     images: int
@@ -116,45 +136,51 @@ class Step:
 # What takes part
 
 
-def contestants(native: nn.Module, own: Namespace) -> list[Contestant]:
-    """timm's model, the merging models and the ideal of each; all share native's weights."""
-    found = [] if own.no_native else [Contestant("native", native, {"method": "native"})]
-    for method, registers in itertools.product(own.methods, own.num_registers):
-        fixed = METHODS[method]
-        for r in [fixed["r"]] if "r" in fixed else own.r:
-            with warnings.catch_warnings(record=True):  # the table shows the tokens left
+def build_variants(native: nn.Module, args: Namespace) -> list[Variant]:
+    """Build timm's model, the merging models and the ideal of each; all share native's weights."""
+    models = [] if args.no_native else [Variant("native", native, {"method": "native"})]
+    for method, registers in itertools.product(args.methods, args.num_registers):
+        keywords = CONFIGURATIONS[method]
+        for r in [keywords["r"]] if "r" in keywords else args.r:
+            with warnings.catch_warnings(record=True):  # that r is clamped: the table shows the tokens left
                 warnings.simplefilter("always", UserWarning)
-                model = apply_merging(native, MergeConfig(**(fixed | {"r": r})), registers)  # type: ignore[arg-type]
+                model = apply_merging(native, MergeConfig(**(keywords | {"r": r})), registers)  # type: ignore[arg-type]
             model.train(native.training).to(next(native.parameters()).device)
             name = f"{method} r={format_schedule(model.merge.r)} +{registers}"
             about = _describe(model, method)
-            ideal = None if own.no_ideal else f"ideal of {name}"
-            found.append(Contestant(name, model, about, ideal))
+            ideal = None if args.no_ideal else f"ideal of {name}"
+            models.append(Variant(name, model, about, ideal))
             if ideal:
-                found.append(Contestant(ideal, ideal_model(model), about | {"method": f"ideal {method}"}))
-    return found
+                models.append(Variant(ideal, ideal_model(model), about | {"method": f"ideal {method}"}))
+    return models
 
 
 def _describe(model: MergingViT, method: str) -> dict[str, Any]:
-    plan = model.plan()
-    about: dict[str, Any] = {"method": method, "r": format_schedule(model.merge.r), "merge": model.merge.as_dict()}
-    about |= {"num_registers": model.num_registers, "tokens": list(plan.counts), "gmacs": round(gmacs(model), 4)}
-    return about
+    return {
+        "method": method,
+        "r": format_schedule(model.merge.r),
+        "merge": model.merge.as_dict(),
+        "num_registers": model.num_registers,
+        "tokens": list(model.plan().counts),
+        "gmacs": round(gmacs(model), 4),
+    }
 
 
 # What is timed
 
 
-def inference_step(module: nn.Module, images: Tensor) -> Step:
+def inference_call(module: nn.Module, images: Tensor) -> TimedCall:
+    """Time the forward alone."""
+
     def run() -> None:
         with torch.inference_mode():
             module(images)
 
-    return Step(run, len(images))
+    return TimedCall(run, len(images))
 
 
-def train_step(module: nn.Module, images: Tensor, dtype: torch.dtype) -> Step:
-    """Forward, backward and AdamW, at lr 0 so that all models keep the same weights; below fp32 under autocast."""
+def training_call(module: nn.Module, images: Tensor, dtype: torch.dtype) -> TimedCall:
+    """Time forward, backward and AdamW, at lr 0 so that all models keep the same weights; below fp32 in autocast."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0)
     targets = torch.arange(len(images), device=images.device) % 10
 
@@ -165,73 +191,73 @@ def train_step(module: nn.Module, images: Tensor, dtype: torch.dtype) -> Step:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Step(run, len(images))
+    return TimedCall(run, len(images))
 
 
-def end_to_end_step(module: nn.Module, loader: Any, images: int, device: torch.device, dtype: torch.dtype) -> Step:
-    """A pass over the validation split: reading, decoding, copying and the forward."""
+def end_to_end_call(module: nn.Module, loader: Any, images: int, device: torch.device, dtype: torch.dtype) -> TimedCall:
+    """Time a pass over the validation split: reading, decoding, copying and the forward."""
 
     def run() -> None:
         with torch.inference_mode():
             for batch in loader:
                 module(batch.images.to(device, dtype, non_blocking=True))
 
-    return Step(run, images)
+    return TimedCall(run, images)
 
 
-def build_steps(found: Sequence[Contestant], setting: Setting, own: Namespace) -> dict[Key, Step]:
-    """A step for every contestant in every mode, on the same images."""
+def build_calls(models: Sequence[Variant], setting: BenchmarkSetting, args: Namespace) -> dict[Key, TimedCall]:
+    """Build a call of every model in every mode, on the same images."""
     device, dtype = torch.device(setting.device), DTYPES[setting.dtype]
     images = torch.randn(setting.batch_size, 3, setting.img_size, setting.img_size, device=device)
-    loader, length = build_loader(own, setting) if setting.phase == "end_to_end" else (None, 0)
-    steps = {}
-    for mode, contestant in itertools.product(own.modes, found):
-        module, options = contestant.module, MODES[mode]
-        if options is not None:
-            module = compile_model(module, dynamic=False, fullgraph=True, **options)
+    loader, length = build_loader(args, setting) if setting.phase == "end_to_end" else (None, 0)
+    calls = {}
+    for mode, variant in itertools.product(args.modes, models):
+        module, compiler_options = variant.module, MODES[mode]
+        if compiler_options is not None:
+            module = compile_model(module, dynamic=False, fullgraph=True, **compiler_options)
         if setting.phase == "train":
-            step = train_step(module, images, dtype)
+            call = training_call(module, images, dtype)
         elif loader is not None:
-            step = end_to_end_step(module, loader, length, device, dtype)
+            call = end_to_end_call(module, loader, length, device, dtype)
         else:
-            step = inference_step(module, images.to(dtype))
-        steps[contestant.name, mode] = step
-    return steps
+            call = inference_call(module, images.to(dtype))
+        calls[variant.name, mode] = call
+    return calls
 
 
-def build_loader(own: Namespace, setting: Setting) -> tuple[Any, int]:
-    """The validation loader of main.py's data options, and its images."""
-    flags = ["--eval", "--dataset", own.dataset, "--batch_size", str(setting.batch_size)]
+def build_loader(args: Namespace, setting: BenchmarkSetting) -> tuple[Any, int]:
+    """Build the validation loader of main.py's data options; returns its number of images, too."""
+    flags = ["--eval", "--dataset", args.dataset, "--batch_size", str(setting.batch_size)]
     for name in ("data_path", "num_workers", "limit"):
-        if getattr(own, name) is not None:
-            flags += [f"--{name}", str(getattr(own, name))]
-    args = parse_args([*flags, "--input_size", str(setting.img_size)])
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", str(getattr(args, name))]
+    main_args = parse_args([*flags, "--input_size", str(setting.img_size)])
     config = DataConfig(**(data_settings(setting.model) | {"input_size": setting.img_size}))
-    images = build_data(args, config).val
-    return build_eval_loader(args, images, 0, 1), len(images)
+    images = build_data(main_args, config).val
+    return build_eval_loader(main_args, images, 0, 1), len(images)
 
 
 # Timing
 
 
 def interleave(
-    steps: dict[Any, Step],
+    calls: dict[Any, TimedCall],
     rounds: int,
     device: torch.device,
     seed: int = 0,
     clock: Callable[[], float] = CLOCKS["wall"],
 ) -> dict[Any, np.ndarray]:
-    """Seconds (rounds,) of every step, in rounds in which each has one turn, in an order drawn anew."""
-    order, draw = list(steps), random.Random(seed)
+    """Time every call once a round, in an order that each round draws anew; returns seconds (rounds,) by name."""
+    order, draw = list(calls), random.Random(seed)
     for _ in range(2):  # allocation and compilation
         for name in order:
-            seconds_of(steps[name].run, device, clock)
+            seconds_of(calls[name].run, device, clock)
     times: dict[Any, list[float]] = {name: [] for name in order}
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
-            times[name].append(seconds_of(steps[name].run, device, clock))
-    return {name: np.array(taken) for name, taken in times.items()}
+            times[name].append(seconds_of(calls[name].run, device, clock))
+    return {name: np.array(seconds) for name, seconds in times.items()}
 
 
 def ratio(times: dict[Any, np.ndarray], name: Any, reference: Any) -> dict[str, float] | None:
@@ -241,8 +267,8 @@ def ratio(times: dict[Any, np.ndarray], name: Any, reference: Any) -> dict[str, 
     return quartiles(times[reference] / times[name])
 
 
-def peak_memory(step: Step, device: torch.device) -> int:
-    """Most bytes of tensors at one time during a step above what there was before it: no weights, images or states.
+def peak_memory(call: TimedCall, device: torch.device) -> int:
+    """Measure the most bytes of tensors at one time in a call, above what there was before: weights, images, states.
 
     On a GPU the caching allocator's own count; on a CPU the sum of all allocations and frees that the profiler saw,
     which is exact and, other than the resident size of a process, not changed by what ran before.
@@ -251,42 +277,49 @@ def peak_memory(step: Step, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step.run()
+        call.run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes a line when it starts and one when it stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step.run()
-    found = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    events = sorted((event for event in found if event.name() == "[memory]"), key=lambda event: event.start_ns())
-    return int(max(itertools.accumulate((event.nbytes() for event in events), initial=0)))
+        call.run()
+    # the raw events: the public tables sum allocations and frees by operator, and so lose their order
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    return int(max(itertools.accumulate((event.nbytes() for event in changes), initial=0)))
 
 
-def measure(setting: Setting, own: Namespace) -> list[dict[str, Any]]:
-    """One row for every contestant of a setting."""
-    seed_all(own.seed)
+def measure(setting: BenchmarkSetting, args: Namespace) -> list[dict[str, Any]]:
+    """Measure one setting; returns a row for every variant in every mode."""
+    seed_all(args.seed)
     device = torch.device(setting.device)
     native = native_model(setting.model, img_size=setting.img_size).to(device)
     native.train(setting.phase == "train")
     if setting.phase != "train":
         native.to(DTYPES[setting.dtype])
-    found = contestants(native, own)
-    steps = build_steps(found, setting, own)
-    times = interleave(steps, own.rounds, device, own.seed, CLOCKS[own.clock])
+    models = build_variants(native, args)
+    calls = build_calls(models, setting, args)
+    times = interleave(calls, args.rounds, device, args.seed, CLOCKS[args.clock])
     rows = []
-    for mode, contestant in itertools.product(own.modes, found):
-        key = (contestant.name, mode)
-        row = asdict(setting) | {"mode": mode, "name": contestant.name} | contestant.describe
-        row |= {"images_per_s": quartiles(steps[key].images / times[key]), "rounds": own.rounds}
-        row["ratio_native"] = ratio(times, key, ("native", mode))
-        row["ratio_ideal"] = ratio(times, key, (contestant.ideal, mode))
+    for mode, variant in itertools.product(args.modes, models):
+        key = (variant.name, mode)
         eager = mode == "eager"  # its own mode's ratios would be said twice
-        row["ratio_eager_native"] = None if eager else ratio(times, key, ("native", "eager"))
-        row["ratio_eager_ideal"] = None if eager else ratio(times, key, (contestant.ideal, "eager"))
-        # a loader's tensors are other processes'
-        row["peak_memory"] = None if setting.phase == "end_to_end" else peak_memory(steps[key], device)
-        if own.profile:
-            row["operators"] = operator_times(steps[key].run, device)
+        row = {
+            **asdict(setting),
+            "mode": mode,
+            "name": variant.name,
+            **variant.describe,
+            "images_per_s": quartiles(calls[key].images / times[key]),
+            "rounds": args.rounds,
+            "ratio_native": ratio(times, key, ("native", mode)),
+            "ratio_ideal": ratio(times, key, (variant.ideal, mode)),
+            "ratio_eager_native": None if eager else ratio(times, key, ("native", "eager")),
+            "ratio_eager_ideal": None if eager else ratio(times, key, (variant.ideal, "eager")),
+            # a loader's tensors are other processes'
+            "peak_memory": None if setting.phase == "end_to_end" else peak_memory(calls[key], device),
+        }
+        if args.profile:
+            row["operators"] = operator_times(calls[key].run, device)
         rows.append(row)
     torch.compiler.reset()
     return rows
@@ -299,7 +332,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("phase", lambda row: row["phase"]),
     ("dtype", lambda row: f"{row['dtype']} {row['mode']}"),
     ("batch", lambda row: str(row["batch_size"])),
-    ("contestant", lambda row: row["name"]),
+    ("variant", lambda row: row["name"]),
     ("tokens left", lambda row: str(row["tokens"][-1]) if "tokens" in row else ""),
     ("GMACs", lambda row: f"{row['gmacs']:.3f}" if "gmacs" in row else ""),
     ("images/s [quartiles]", lambda row: "{median:.1f} [{q25:.1f}, {q75:.1f}]".format_map(row["images_per_s"])),
@@ -315,97 +348,90 @@ def _ratio_text(value: dict[str, float] | None) -> str:
     return "" if value is None else "{median:.3f} [{q25:.3f}, {q75:.3f}]".format_map(value)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def speed_table(rows: Sequence[dict[str, Any]]) -> str:
     """All rows as markdown, which is readable as text too."""
-    cells = [[title, *(text(row) for row in rows)] for title, text in COLUMNS]
-    cells = [column for column in cells if any(column[1:])]
-    widths = [max(map(len, column)) for column in cells]
-    cells = [[column[0], "-" * width, *column[1:]] for column, width in zip(cells, widths, strict=True)]
-    lines = zip(
-        *([cell.ljust(width) for cell in column] for column, width in zip(cells, widths, strict=True)), strict=True
-    )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    texts = [[text(row) for _, text in COLUMNS] for row in rows]
+    return table([title for title, _ in COLUMNS], texts, left=5)
 
 
 def overheads(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For every profiled merging model what its operators take beyond those of its ideal."""
-    timed = {(_setting_text(row), row["mode"], row["name"]): row for row in rows if "operators" in row}
+    """For every profiled merging model a table of what its operators take beyond those of its ideal."""
+    profiled = {(_setting_text(row), row["mode"], row["name"]): row for row in rows if "operators" in row}
     texts = []
-    for (setting, mode, name), row in timed.items():
-        ideal = timed.get((setting, mode, f"ideal of {name}"))
+    for (setting, mode, name), row in profiled.items():
+        ideal = profiled.get((setting, mode, f"ideal of {name}"))
         if ideal:
             title = f"{setting}, {mode}: {name}"
             texts.append(title + "\n\n" + overhead_table(row["operators"], ideal["operators"]))
     return texts
 
 
-def plot_speed(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """images/s of every contestant, a panel for each setting."""
-    plt = _pyplot()
+def overhead_table(merging: Mapping[str, float], ideal: Mapping[str, float]) -> str:
+    """The operators whose milliseconds differ most, as markdown; last the sum over all."""
+    differences = {name: merging.get(name, 0) - ideal.get(name, 0) for name in sorted(merging.keys() | ideal.keys())}
+    shown = sorted(differences, key=lambda name: -abs(differences[name]))[:SHOWN_OPERATORS]
+    lines = [(name[:60], merging.get(name, 0.0), ideal.get(name, 0.0)) for name in shown]
+    lines.append(("all operators", sum(merging.values()), sum(ideal.values())))
+    texts = [(name, f"{ours:.2f}", f"{least:.2f}", f"{ours - least:+.2f}") for name, ours, least in lines]
+    return table(("operator", "merging ms", "ideal ms", "difference"), texts)
+
+
+@charts.styled
+def draw_speed(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the images/s of every variant, a panel for each setting."""
     groups = [list(group) for _, group in itertools.groupby(rows, _setting_text)]  # rows of a setting follow each other
     heights = [0.9 + 0.28 * len(group) for group in groups]
-    figure, axes = plt.subplots(
-        len(groups), 1, figsize=(8, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    for axis, group in zip(axes[:, 0], groups, strict=True):
+    figure, axes = charts.new_figure(len(groups), 1, width=8, height=sum(heights) / len(heights), height_ratios=heights)
+    for ax, group in zip(axes[:, 0], groups, strict=True):
         speeds = [row["images_per_s"] for row in group]
-        middle = [speed["median"] for speed in speeds]
+        medians = [speed["median"] for speed in speeds]
         spread = [[s["median"] - s["q25"] for s in speeds], [s["q75"] - s["median"] for s in speeds]]
-        colours = [_colour(row["name"]) for row in group]
         names = [row["name"] + ("" if row["mode"] == "eager" else f", {row['mode']}") for row in group]
-        axis.barh(names, middle, xerr=spread, color=colours, error_kw={"linewidth": 1})
-        axis.invert_yaxis()
-        axis.set_title(_setting_text(group[0]), fontsize=9, loc="left")
-        axis.tick_params(labelsize=8)
+        colours = [_colour(row["name"]) for row in group]
+        ax.barh(names, medians, xerr=spread, color=colours, error_kw={"linewidth": 1})
+        ax.invert_yaxis()
+        ax.grid(False, axis="y")
+        ax.set_title(_setting_text(group[0]), fontsize=9)
     axes[-1, 0].set_xlabel("images/s, median and quartiles")
-    _save(figure, file)
+    return figure
 
 
 def _colour(name: str) -> str:
-    return "0.45" if name == "native" else "0.8" if name.startswith("ideal") else COLOURS[0]
+    return charts.FAINT if name == "native" else charts.RULE if name.startswith("ideal") else charts.colour_of(0)
 
 
-def plot_pareto(rows: Sequence[dict[str, Any]], places: Sequence[str], file: Path) -> None:
-    """Accuracies of result.json files over the speeds of this run, in multiples of native.
+@charts.styled
+def draw_pareto(points: Sequence[Point]) -> Figure:
+    """Draw accuracies of result.json files over the speeds of this run."""
+    figure, axes = charts.new_figure(width=6.5, height=4.5)
+    draw_accuracies(axes[0, 0], points, "speed, in multiples of timm's dense model", smaller_x=False)
+    axes[0, 0].set_ylabel("top-1 accuracy (%)")
+    axes[0, 0].legend()
+    return figure
+
+
+def match_accuracies(rows: Sequence[dict[str, Any]], places: Sequence[str]) -> list[Point]:
+    """Accuracies over speeds, in multiples of native, where the same model merges the same way.
 
     Raises:
         UserError: no row of the files was timed here.
     """
-    points = match_accuracies(rows, places)
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6.5, 4.5))
-    front = pareto([(x, y) for _, _, x, y in points], smaller_x=False)
-    axis.plot(*zip(*front, strict=True), color="0.75", linewidth=5, zorder=1, label="Pareto front")
-    for i, group in enumerate(dict.fromkeys(point[0] for point in points)):
-        mine = sorted((x, y, label) for name, label, x, y in points if name == group)
-        axis.plot([p[0] for p in mine], [p[1] for p in mine], "o-", color=COLOURS[i % len(COLOURS)], label=group)
-        for x, y, label in mine:
-            axis.annotate(label, (x, y), (0, 7), textcoords="offset points", fontsize=7, ha="center")
-    axis.set_xlabel("speed, in multiples of timm's dense model")
-    axis.set_ylabel("top-1 accuracy (%)")
-    axis.legend(fontsize=8, frameon=False)
-    axis.grid(alpha=0.25)
-    _save(figure, file)
-
-
-def match_accuracies(rows: Sequence[dict[str, Any]], places: Sequence[str]) -> list[tuple[str, str, float, float]]:
-    """(group, label, speed in multiples of native, accuracy) where the same model merges the same way."""
     timed: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         if row["ratio_native"] and "tokens" in row and not row["name"].startswith("ideal") and row["phase"] != "train":
             timed.setdefault(merges_as(row["model"], row["merge"], row["tokens"]), []).append(row)
-    points, absent = [], []
+    points, untimed = [], []
     for accuracy in collect(places):
         values = accuracy.values
         matches = timed.get(merges_as(accuracy.model, accuracy.merge, values["tokens"]), [])
         if not matches:
-            absent.append(f"{accuracy.label} r={values['r']}")
+            untimed.append(f"{accuracy.label} r={values['r']}")
         for row in matches:
-            group = f"{accuracy.label}, {row['method']}, {_setting_text(row)}, {row['mode']}"
-            points.append((group, f"r={row['r']}", row["ratio_native"]["median"], float(values["acc1"])))
+            series = f"{accuracy.label}, {row['method']}, {_setting_text(row)}, {row['mode']}"
+            points.append(Point(series, row["ratio_native"]["median"], float(values["acc1"]), f"r={row['r']}"))
     if not points:
         raise UserError(UNTIMED)
-    for name in absent:
+    for name in untimed:
         log(f"note: {name} was not timed in this run; it is left out of the plot")
     return points
 
@@ -416,77 +442,87 @@ def merges_as(model: str, merge: Mapping[str, Any], tokens: Sequence[int]) -> tu
     Where nothing merges the method does not matter.
     """
     dense = len(set(tokens)) == 1
-    rest = None if dense else json.dumps({k: v for k, v in merge.items() if k != "r"}, sort_keys=True)
-    return model, tuple(tokens), rest
+    method = None if dense else json.dumps({k: v for k, v in merge.items() if k != "r"}, sort_keys=True)
+    return model, tuple(tokens), method
 
 
 def _setting_text(row: dict[str, Any]) -> str:
     return f"{row['model']}, {row['phase']}, {row['dtype']}, batch {row['batch_size']}, {row['device']}"
 
 
-def _pyplot() -> Any:
-    import matplotlib  # half a second that a table does not need
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    _pyplot().close(figure)
-
-
 # The command line
 
 
-def settings(own: Namespace) -> list[Setting]:
+def settings(args: Namespace) -> list[BenchmarkSetting]:
     """Every combination that was asked for."""
-    combinations = itertools.product(own.device, own.models, own.phases, own.dtypes, own.batch_sizes)
+    combinations = itertools.product(args.device, args.models, args.phases, args.dtypes, args.batch_sizes)
     return [
-        Setting(model, phase, dtype, batch, own.img_size or data_settings(model)["input_size"], device)
+        BenchmarkSetting(model, phase, dtype, batch, args.img_size or data_settings(model)["input_size"], device)
         for device, model, phase, dtype, batch in combinations
     ]
 
 
-def check(own: Namespace) -> None:
-    """Mistakes before minutes of timing.
+def check(args: Namespace) -> None:
+    """Find mistakes before minutes of timing.
 
     Raises:
         UserError: unknown names, numbers out of range, options that do nothing or contradict.
     """
-    for method in own.methods:
-        if method not in METHODS:
-            raise UserError(nearest(method, METHODS, "--methods"))
-    if min(own.batch_sizes) < 1 or own.rounds < 3 or min(own.num_registers) < 0 or (own.threads or 1) < 1:
-        raise UserError("--batch_sizes and --threads must be at least 1, --rounds 3, --num_registers 0")
-    if own.results and (not own.output_dir or own.no_native):
-        raise UserError("--results is drawn over speed-ups against native: it needs --output_dir, and no --no_native")
-    for device in own.device:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-            raise UserError(f"--device is cpu, cuda or cuda:INDEX, not {device!r}")
-        if device != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"--device {device}: this machine has no GPU that torch can use")
-    if "cudagraphs" in own.modes and "cpu" in own.device:
-        raise UserError("--modes cudagraphs is for a GPU: it needs --device cuda alone")
-    if own.clock == "cpu" and (own.threads != 1 or own.device != ["cpu"] or "end_to_end" in own.phases):
-        raise UserError("--clock cpu counts what one thread works: it needs --device cpu --threads 1, no end_to_end")
-    if own.dataset and "end_to_end" not in own.phases:
-        raise UserError("--dataset has no effect without --phases end_to_end")
-    if "end_to_end" in own.phases and not own.dataset:
-        raise UserError("--phases end_to_end reads images; name them with --dataset (and --data_path)")
-    for name in own.models:
+    for method in args.methods:
+        if method not in CONFIGURATIONS:
+            raise UserError(nearest(method, CONFIGURATIONS, "--methods"))
+    for device in args.device:
+        _check_device(device)
+    for message, broken in _rules(args).items():
+        if broken:
+            raise UserError(message)
+    for name in args.models:
         check_name(name)
-    planned = set()
-    for setting in {(setting.model, setting.img_size) for setting in settings(own)}:
-        found = contestants(native_model(setting[0], img_size=setting[1]), own)
-        about = [one.describe for one in found if "tokens" in one.describe]
-        planned |= {merges_as(setting[0], one["merge"], one["tokens"]) for one in about}
-    if own.results and not planned & {
-        merges_as(row.model, row.merge, row.values["tokens"]) for row in collect(own.results)
-    }:
+    _check_schedules(args)
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device is cpu, cuda or cuda:INDEX, not {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine has no GPU that torch can use")
+
+
+def _rules(args: Namespace) -> dict[str, bool]:
+    """What to say -> whether these options break the rule."""
+    too_small = min(args.batch_sizes) < 1 or args.rounds < 3 or min(args.num_registers) < 0 or (args.threads or 1) < 1
+    end_to_end = "end_to_end" in args.phases
+    one_thread = args.threads == 1 and args.device == ["cpu"] and not end_to_end
+    return {
+        "--batch_sizes and --threads must be at least 1, --rounds 3, --num_registers 0": too_small,
+        "--results is drawn over speed-ups against native: it needs --output_dir, and no --no_native": bool(
+            args.results and (not args.output_dir or args.no_native)
+        ),
+        "--modes cudagraphs is for a GPU: it needs --device cuda alone": (
+            "cudagraphs" in args.modes and "cpu" in args.device
+        ),
+        "--clock cpu counts what one thread works: it needs --device cpu --threads 1, no end_to_end": (
+            args.clock == "cpu" and not one_thread
+        ),
+        "--dataset has no effect without --phases end_to_end": bool(args.dataset) and not end_to_end,
+        "--phases end_to_end reads images; name them with --dataset (and --data_path)": (
+            end_to_end and not args.dataset
+        ),
+    }
+
+
+def _check_schedules(args: Namespace) -> None:
+    """Build every model once, which finds schedules that it refuses, and accuracies that no model would match."""
+    planned = {
+        merges_as(model, variant.describe["merge"], variant.describe["tokens"])
+        for model, img_size in {(setting.model, setting.img_size) for setting in settings(args)}
+        for variant in build_variants(native_model(model, img_size=img_size), args)
+        if "tokens" in variant.describe
+    }
+    if not args.results:
+        return
+    measured = {merges_as(row.model, row.merge, row.values["tokens"]) for row in collect(args.results)}
+    if not planned & measured:
         raise UserError(UNTIMED)
 
 
@@ -499,7 +535,7 @@ def build_parser() -> Parser:
     )
     add = partial(parser.add_argument, metavar="NAME")
     add("--models", nargs="+", default=["deit_tiny"], help="default: deit_tiny")
-    add("--methods", nargs="+", default=["tome", "mctf", "mctf_fast"], help=", ".join(METHODS))
+    add("--methods", nargs="+", default=["tome", "mctf", "mctf_fast"], help=", ".join(CONFIGURATIONS))
     add("--r", nargs="+", default=["16"], metavar="R", help="schedules of the methods without one of their own")
     add("--num_registers", nargs="+", type=int, default=[4], metavar="R")
     add("--batch_sizes", nargs="+", type=int, default=[8], metavar="B")
@@ -530,43 +566,42 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(own: Namespace) -> None:
+def run(argv: Sequence[str]) -> None:
     """Measure every setting, print its rows as they come, and save all."""
-    check(own)
-    if own.threads:
-        torch.set_num_threads(own.threads)
-    folder = setup_output(own.output_dir, True)
+    args = build_parser().parse(argv)
+    check(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = setup_output(args.output_dir, True)
     rows: list[dict[str, Any]] = []
-    for setting in settings(own):
-        measured = measure(setting, own)
-        log(table(measured) + "\n")
+    for setting in settings(args):
+        measured = measure(setting, args)
+        log(speed_table(measured) + "\n")
         for text in overheads(measured):
             log(text + "\n")
         rows += measured
-    if folder is None:
-        return
-    device = " and ".join(device_name(torch.device(name)) for name in own.device)
-    options = {key: value for key, value in vars(own).items() if not callable(value)}
-    result = {"device": device, "versions": versions(), "git": git_revision(), "options": options, "rows": rows}
-    write_json(folder / "benchmark.json", json.loads(json.dumps(result, default=str)))
-    head = f"{device}, torch {torch.__version__}, {own.rounds} rounds, {own.clock} clock"
-    (folder / "benchmark.txt").write_text("\n\n".join([head, table(rows), *overheads(rows)]) + "\n")
-    plot_speed(rows, folder / "speed.png")
-    if own.results:
-        plot_pareto(rows, own.results, folder / "pareto.png")
-    log(f"wrote {folder}")
+    if folder is not None:
+        save_all(folder, rows, args)
+        log(f"wrote {folder}")
+
+
+def save_all(folder: Path, rows: Sequence[dict[str, Any]], args: Namespace) -> None:
+    """Write the rows as JSON, as text and as figures."""
+    device = " and ".join(device_name(torch.device(name)) for name in args.device)
+    write_json(
+        folder / "benchmark.json",
+        {"device": device, "versions": versions(), "git": git_revision(), "options": vars(args), "rows": rows},
+    )
+    head = f"{device}, torch {torch.__version__}, {args.rounds} rounds, {args.clock} clock"
+    (folder / "benchmark.txt").write_text("\n\n".join([head, speed_table(rows), *overheads(rows)]) + "\n")
+    save(draw_speed(rows), folder / "speed.png", "--output_dir")
+    if args.results:
+        save(draw_pareto(match_accuracies(rows, args.results)), folder / "pareto.png", "--output_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, or 2 after the user's mistake."""
-    try:
-        run(build_parser().parse(list(sys.argv[1:] if argv is None else argv)))
-        return 0
-    except UserError as error:
-        print(f"benchmark.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # argparse after --help
-        return int(stop.code or 0)
+    return exit_status("benchmark.py", run, argv)
 
 
 if __name__ == "__main__":

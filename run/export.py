@@ -13,76 +13,71 @@ All other options are main.py's (model, weights, merging).
 import argparse
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from build import Weights, build_config, build_model
+from build import Inference, load_for_inference
 from models import MergingViT, UserError
-from models.exporting import Agreement, compare, export_onnx, export_program, load_folder, onnx_session, save_folder
+from models.exporting import compare, export_onnx, export_program, load_folder, onnx_session, save_folder
 from models.registry import data_settings
-from options import Parser, parse_args
-from utils import log, seed_all
+from options import Parser, exit_status, parse_args
+from utils import log
 
 TOLERANCE = 1e-3  # of logits; a near tie that falls the other way moves them more
 
 
-def load(args: Namespace) -> tuple[MergingViT, str]:
-    """The model on the CPU in evaluation mode, and its name."""
-    seed_all(args.seed)
-    weights = Weights(args, args.model)
-    config = build_config(args, weights.name)
-    head = (weights.tensors() or {}).get("head.weight")
-    classes: Any = None if head is None else len(head)  # None: the model's own
-    return build_model(args, weights, classes, config).eval(), weights.name
-
-
-def batches(model: MergingViT, own: Namespace) -> list[torch.Tensor]:
+def random_batches(model: MergingViT, args: Namespace) -> list[torch.Tensor]:
     """Random images for the check: several sizes of a dynamic batch, several draws of a fixed one."""
-    sizes = (
-        [own.batch_size] * own.checks if own.fixed_batch else [own.batch_size + 2 * i + 1 for i in range(own.checks)]
-    )
-    channels, side = model.patch_embed.proj.in_channels, model.patch_embed.img_size
-    return [torch.randn(size, channels, *side) for size in sizes]
+    sizes = [args.batch_size + (0 if args.fixed_batch else 2 * i + 1) for i in range(args.checks)]
+    return [random_images(model, size) for size in sizes]
 
 
-def write_onnx(own: Namespace, model: MergingViT, name: str, example: torch.Tensor) -> list[Agreement]:
-    export_onnx(model, example, own.out, dynamic=not own.fixed_batch)
-    return compare(model, onnx_session(own.out), batches(model, own))
+def random_images(model: MergingViT, batch: int) -> torch.Tensor:
+    return torch.randn(batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
 
 
-def write_program(own: Namespace, model: MergingViT, name: str, example: torch.Tensor) -> list[Agreement]:
-    program = export_program(model, example, dynamic=not own.fixed_batch)
-    torch.export.save(program, own.out)
-    return compare(model, torch.export.load(own.out).module(), batches(model, own))
+# Each writes --out, and returns what was written as a function of images
 
 
-def write_folder(own: Namespace, model: MergingViT, name: str, example: torch.Tensor) -> list[Agreement]:
-    settings = data_settings(name)
-    save_folder(model, name, own.out, settings)
-    return compare(model, load_folder(own.out), batches(model, own))
+def write_onnx(args: Namespace, loaded: Inference, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    export_onnx(loaded.model, example, args.out, dynamic=not args.fixed_batch)
+    return onnx_session(args.out)
 
 
-def run(own: Namespace, args: Namespace) -> int:
-    """Write, check, report; 1 if the check fails."""
-    if own.batch_size < (1 if own.fixed_batch else 2) or own.checks < 1:
+def write_program(args: Namespace, loaded: Inference, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    program = export_program(loaded.model, example, dynamic=not args.fixed_batch)
+    torch.export.save(program, args.out)
+    return torch.export.load(args.out).module()
+
+
+def write_folder(args: Namespace, loaded: Inference, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    save_folder(loaded.model, loaded.name, args.out, data_settings(loaded.name))
+    return load_folder(args.out)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Write, check, report; returns 1 if the check fails."""
+    args, main_argv = build_parser().parse_known_args(argv)
+    main_args = parse_args([*main_argv, "--eval"])
+    if args.batch_size < (1 if args.fixed_batch else 2) or args.checks < 1:
         raise UserError("--batch_size must be at least 2 (1 with --fixed_batch), and --checks at least 1")
-    model, name = load(args)
+    loaded = load_for_inference(main_args)
+    example = random_images(loaded.model, args.batch_size)
     try:
-        (own.out if own.write is write_folder else own.out.parent).mkdir(parents=True, exist_ok=True)
-        example = torch.randn(own.batch_size, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-        found = own.write(own, model, name, example)
+        (args.out if args.write is write_folder else args.out.parent).mkdir(parents=True, exist_ok=True)
+        written = args.write(args, loaded, example)
     except OSError as error:
-        raise UserError(f"cannot write --out {own.out}: {error}") from error
-    for row in found:
+        raise UserError(f"cannot write --out {args.out}: {error}") from error
+    agreements = compare(loaded.model, written, random_batches(loaded.model, args))
+    for row in agreements:
         log(f"batch {row.batch}: logits differ by at most {row.difference:.1e}, same top-1 {row.top1:.1%}")
-    log(f"wrote {own.out}")
-    if max(row.difference for row in found) > TOLERANCE:
+    log(f"wrote {args.out}")
+    if max(row.difference for row in agreements) > TOLERANCE:
         log(f"the check failed: logits differ by more than {TOLERANCE:g}")
         return 1
     return 0
@@ -107,14 +102,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 if the check fails, 2 after the user's mistake."""
-    try:
-        own, rest = build_parser().parse_known_args(argv)
-        return run(own, parse_args([*rest, "--eval"]))
-    except UserError as error:
-        print(f"export.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # argparse after --help
-        return int(stop.code or 0)
+    return exit_status("export.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a script: the project's modules lie one folder up
+    sys.path.insert(0, str(ROOT))
+
+from options import Parser, exit_status, non_negative_int
+from utils import RunError
+
 TIMES = ("images_per_s", "seconds")
 PATIENCE = 180  # seconds that a start, or an end after a fault, may take
 # everything that draws, in steps as short as they get
@@ -45,42 +51,49 @@ FAULTS = {
 
 
 def log_lines(folder: Path) -> list[dict[str, Any]]:
-    """log.txt without the columns that depend on the clock."""
+    """Read log.txt without the columns that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, or a run's newest, without the time it took and the arguments, which name the folder."""
+    """Read a checkpoint, or a run's newest, without the time it took and the arguments, which name the folder."""
     state = torch.load(path / "checkpoint.pth" if path.is_dir() else path, weights_only=True)
     state.get("epoch_log", {}).pop("seconds", None)
     state.pop("args", None)
     return state
 
 
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """Where two nests of tensors and plain values differ in any bit."""
+def differences(a: Any, b: Any, name: str = "") -> list[str]:
+    """List where two nests of tensors and plain values differ in any bit; `name` is the place of a and b in theirs."""
     if isinstance(a, dict) and isinstance(b, dict):
-        odd = [f"{place}/{key} only on one side" for key in a.keys() ^ b.keys()]
-        return odd + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{place}/{key}")]
+        lines = [f"{name}/{key} only on one side" for key in a.keys() ^ b.keys()]
+        return lines + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{name}/{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}/{i}")]
+        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, f"{name}/{i}")]
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [f"{place}: tensors differ"]
-    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
-    return [] if both_nan or (type(a) is type(b) and a == b) else [f"{place}: {a!r} != {b!r}"]
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [f"{name}: tensors differ"]
+    return [] if _same_value(a, b) else [f"{name}: {a!r} != {b!r}"]
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
+        return True
+    return type(a) is type(b) and a == b
 
 
 def differing_runs(first: Path, second: Path) -> list[str]:
-    """Where two finished runs differ: checkpoint, best weights and log."""
-    found = differences(checkpoint(first), checkpoint(second), "checkpoint.pth")
-    found += differences(checkpoint(first / "best.pth"), checkpoint(second / "best.pth"), "best.pth")
-    return found + differences(log_lines(first), log_lines(second), "log.txt")
+    """List where two finished runs differ: checkpoint, best weights and log."""
+    return [
+        *differences(checkpoint(first), checkpoint(second), "checkpoint.pth"),
+        *differences(checkpoint(first / "best.pth"), checkpoint(second / "best.pth"), "best.pth"),
+        *differences(log_lines(first), log_lines(second), "log.txt"),
+    ]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """torchrun with its ranks."""
+    """A torchrun that was started, with its ranks."""
 
     folder: Path
     process: subprocess.Popen[bytes]
@@ -89,8 +102,8 @@ class Launch:
         """Process ids of the ranks that run, in order."""
         return sorted(pid for pid in _children(self.process.pid) if b"main.py" in _read(f"/proc/{pid}/cmdline"))
 
-    def saves(self) -> int:
-        """Changes whenever a checkpoint has been written."""
+    def last_save(self) -> int:
+        """When the checkpoint was last written: it changes with every save."""
         file = self.folder / "checkpoint.pth"
         return file.stat().st_mtime_ns if file.exists() else 0
 
@@ -135,84 +148,95 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def hit(running: Launch, kind: str, draw: random.Random) -> bool:
-    """Wait for a random moment, then strike; False if the run ended before.
+def strike(running: Launch, fault: str, draw: random.Random) -> bool:
+    """Wait for a random moment, then play the fault; returns False if the run ended before.
 
     One time in six the moment lies anywhere in the start, else within 0.3 s after the first save.
     """
-    started, before = time.monotonic(), running.saves()
+    started, before = time.monotonic(), running.last_save()
     early = draw.uniform(0, 10) if draw.random() < 1 / 6 else math.inf
-    while running.saves() == before and running.process.poll() is None and time.monotonic() - started < early:
+    while running.last_save() == before and running.process.poll() is None and time.monotonic() - started < early:
         if time.monotonic() - started > PATIENCE:
             raise TimeoutError(f"no checkpoint within {PATIENCE} s; see {running.folder}.txt")
         time.sleep(0.005)
     time.sleep(0 if early < math.inf else draw.uniform(0, 0.3))
     if running.process.poll() is not None:
         return False
-    who, number = FAULTS[kind]
+    target, number = FAULTS[fault]
     ranks = running.ranks()
-    victim = draw.choice(ranks) if who == "rank" and ranks else running.process.pid
+    victim = draw.choice(ranks) if target == "rank" and ranks else running.process.pid
     _send(victim, number)
     running.process.poll()
     end(running, ranks, victim == running.process.pid and number == signal.SIGKILL)
     return True
 
 
-def place(folder: Path) -> str:
-    """Where the checkpoint of a run stands."""
+def progress(folder: Path) -> str:
+    """How far the checkpoint of a run is."""
     if not (folder / "checkpoint.pth").exists():
         return "not begun"
     state = checkpoint(folder)
     return f"epoch {state['epoch']}, update {state['step']}"
 
 
-def torture(folder: Path, faults: int, draw: random.Random, counts: Counter[str]) -> int:
-    """Play faults on one run until it is done; returns how many there were."""
-    played, kinds = 0, list(FAULTS)
-    while played < faults:
-        kind = kinds[(sum(counts.values())) % len(kinds)]
-        if not hit(running := launch(folder), kind, draw):
-            if running.process.returncode:
-                raise RuntimeError(f"the run failed by itself; see {folder}.txt")
-            return played
-        played += 1
-        counts[kind] += 1
-        marked = "stop marker" if (folder / "stopped.json").exists() else "no marker"
-        print(f"{sum(counts.values()):3d}  {kind:20s}  {place(folder)}, {marked}", flush=True)
-    if launch(folder).process.wait(PATIENCE * 5):
-        raise RuntimeError(f"the run failed by itself; see {folder}.txt")
-    return played
+def torture(folder: Path, faults: int, draw: random.Random, counts: Counter[str]) -> None:
+    """Play up to `faults` faults on one run, each in its turn, until it is done; counts them by name."""
+    names = list(FAULTS)
+    for _ in range(faults):
+        fault = names[counts.total() % len(names)]
+        running = launch(folder)
+        if not strike(running, fault, draw):
+            _check_end(running, 0)
+            return
+        counts[fault] += 1
+        marker = "stop marker" if (folder / "stopped.json").exists() else "no marker"
+        print(f"{counts.total():3d}  {fault:20s}  {progress(folder)}, {marker}", flush=True)
+    _check_end(launch(folder), PATIENCE * 5)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if every tortured run equals the unbroken one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=30, help="how many to play (default: 30)")
+def _check_end(running: Launch, patience: float) -> None:
+    if running.process.wait(patience):
+        raise RunError(f"the run failed by itself; see {running.folder}.txt")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="kill_test.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=non_negative_int, default=30, help="how many to play (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
     parser.add_argument("--folder", type=Path, default=Path("output/kill_test"), help="emptied first")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train once unbroken, then under faults; returns 0 if every tortured run equals the unbroken one, else 1."""
+    args = build_parser().parse(argv)
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     began, draw, counts = time.monotonic(), random.Random(args.seed), Counter[str]()
-    whole = args.folder / "unbroken"
-    if launch(whole).process.wait(PATIENCE * 5):
-        print(f"FAIL: the unbroken run failed; see {whole}.txt")
-        return 1
+    unbroken = args.folder / "unbroken"
+    _check_end(launch(unbroken), PATIENCE * 5)
     print(f"unbroken run: {time.monotonic() - began:.0f} s", flush=True)
-    found: list[str] = []
-    rounds = 0
-    while sum(counts.values()) < args.faults:
-        folder = args.folder / f"tortured{rounds}"
-        torture(folder, args.faults - sum(counts.values()), draw, counts)
-        found += [f"{folder.name}: {line}" for line in differing_runs(folder, whole)]
-        rounds += 1
-    for kind, number in counts.items():
-        print(f"{number:3d} x {kind}")
-    print(f"{sum(counts.values())} faults in {rounds} run(s), {time.monotonic() - began:.0f} s")
-    for line in found[:20]:
-        print(line)
-    print("FAIL: resumed runs differ from the unbroken one" if found else "PASS: every bit is equal")
-    return 1 if found else 0
+    lines: list[str] = []
+    runs = 0
+    while counts.total() < args.faults:
+        folder = args.folder / f"tortured{runs}"
+        torture(folder, args.faults - counts.total(), draw, counts)
+        lines += [f"{folder.name}: {line}" for line in differing_runs(folder, unbroken)]
+        runs += 1
+    for fault, number in counts.items():
+        print(f"{number:3d} x {fault}")
+    print(f"{counts.total()} faults in {runs} run(s), {time.monotonic() - began:.0f} s")
+    print(
+        "\n".join(
+            [*lines[:20], "FAIL: resumed runs differ from the unbroken one" if lines else "PASS: every bit is equal"]
+        )
+    )
+    return 1 if lines else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status: 0 if every bit is equal, else 1."""
+    return exit_status("kill_test.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python run/methods_table.py --data_path DATA/imagenet_mini --weights deit_tiny_imagenet.safetensors --out table
 
-Training-free, fp32 unless --amp says otherwise. The rows are those that the published code was measured on, and LGTM.
+Training-free, fp32 unless --amp says otherwise. The rows are those that the published code was measured on, LGTM, and
+the published variants of every other method.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script: the project's modules lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import options
 from checkpoint import load_checkpoint
 from datasets import DataConfig, build_data, build_eval_loader
 from distributed import Distributed
 from engine import build_precision, evaluate
-from models import MergeConfig, MergingViT, UserError, apply_merging, create_model
+from models import MergeConfig, MergingViT, apply_merging, create_model
 from models.gmacs import gmacs
+from models.methods import variants
 from models.registry import data_settings
 from models.weights import extract_state_dict, load_weights
-from utils import write_json
+from utils import table, write_json
 
-BLOCKS = tuple(range(1, 12))
-ROWS: dict[str, MergeConfig] = {
+# The rows that the published code was measured on, and what is published of later methods
+MEASURED: dict[str, MergeConfig] = {
     "dense": MergeConfig(r=0),
     "ToMe r=8": MergeConfig(r=8),
     "ToMe r=13": MergeConfig(r=13),
@@ -37,18 +41,20 @@ ROWS: dict[str, MergeConfig] = {
     "ToMe, 3 dense layers then r=16": MergeConfig(r=16, dense_layers=3),
     "ToMe, 3 dense layers then r=20": MergeConfig(r=20, dense_layers=3),
     "ToMe (8,-1)": MergeConfig(r="(8,-1)"),
-    "MCTF r=8, blocks 1-11": MergeConfig("mctf", 8, BLOCKS),
-    "MCTF r=13, blocks 1-11": MergeConfig("mctf", 13, BLOCKS),
-    "MCTF r=16, blocks 1-11": MergeConfig("mctf", 16, BLOCKS),
+    "MCTF r=8, blocks 1-11": MergeConfig("mctf", 8),
+    "MCTF r=13, blocks 1-11": MergeConfig("mctf", 13),
+    "MCTF r=16, blocks 1-11": MergeConfig("mctf", 16),
     "MCTF-Fast, 0.35 at blocks 3,6,9": MergeConfig("mctf", 0.35, (3, 6, 9)),
     "LGTM r=4 (ours)": MergeConfig("lgtm", 4),
     "LGTM r=8 (ours)": MergeConfig("lgtm", 8),
     "LGTM r=12 (ours)": MergeConfig("lgtm", 12),
 }
+PUBLISHED = {f"{name} r={keywords['r']}": MergeConfig(**keywords) for name, keywords in variants().items()}
+ROWS = MEASURED | {name: config for name, config in PUBLISHED.items() if config not in MEASURED.values()}
 
 
 class Variants(nn.Module):
-    """One set of weights under many configs: `variants(images, r=name)`; r = 0 is the dense one."""
+    """Runs one set of weights under many configs: `variants(images, r=name)`; r = 0 is the dense one."""
 
     def __init__(self, model: MergingViT, rows: dict[str, MergeConfig]) -> None:
         super().__init__()
@@ -75,56 +81,64 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def table(argv: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of the table, measured."""
-    args = build_parser().parse(argv)
-    rows = {k: v for k, v in ROWS.items() if not args.rows or k == "dense" or k.startswith(tuple(args.rows))}
-    settings = options.parse_args(
-        ["--eval", "--dataset", args.dataset, "--data_path", args.data_path, "--no_pretrained"]
-    )
-    for name in ("limit", "batch_size", "num_workers", "device", "amp"):
-        setattr(settings, name, getattr(args, name))
+def measure(args: Namespace) -> list[dict[str, Any]]:
+    """Evaluate every row of the table in one pass over the images; returns what it shows."""
+    configs = {k: v for k, v in ROWS.items() if not args.rows or k == "dense" or k.startswith(tuple(args.rows))}
+    main_args = main_arguments(args)
     dist = Distributed(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    data = build_data(settings, DataConfig(**data_settings(args.model)))
+    data = build_data(main_args, DataConfig(**data_settings(args.model)))
     model = create_model(args.model, num_classes=data.num_classes)
     weights = extract_state_dict(load_checkpoint(args.weights), source=args.weights)[0]
     load_weights(model, weights, num_classes_changed_ok=False, source=args.weights, name=args.model)
-    variants = Variants(model, rows).to(dist.device)
-    loader = build_eval_loader(settings, data.val, 0, 1)
-    precision = build_precision(settings, dist.device)
-    scores = evaluate(variants, loader, list(rows), precision, dist, agreement=True, title="methods")
+    variants = Variants(model, configs).to(dist.device)
+    loader = build_eval_loader(main_args, data.val, 0, 1)
+    precision = build_precision(main_args, dist.device)
+    scores = evaluate(variants, loader, list(configs), precision, dist, agreement=True, title="methods")
     assert scores is not None
-    measured = [
-        {"method": name, "gmacs": gmacs(variants.models[i]), "n_images": score.n_images}  # type: ignore[arg-type]
-        | {key: getattr(score, key) for key in ("acc1", "acc5", "agree", "kl")}
-        for i, (name, score) in enumerate(zip(rows, scores, strict=True))
+    return [
+        {
+            "method": name,
+            "gmacs": gmacs(variants.models[i]),  # type: ignore[arg-type]
+            "n_images": score.n_images,
+            "acc1": score.acc1,
+            "acc5": score.acc5,
+            "agree": score.agree,
+            "kl": score.kl,
+        }
+        for i, (name, score) in enumerate(zip(configs, scores, strict=True))
     ]
-    if args.out:
-        write_json(Path(args.out).with_suffix(".json"), {"model": args.model, "rows": measured})
-        Path(args.out).with_suffix(".md").write_text(markdown(measured))
-    return measured
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def main_arguments(args: Namespace) -> Namespace:
+    """What main.py's options for data and precision would be."""
+    flags = ["--eval", "--no_pretrained"]
+    for name in ("dataset", "data_path", "limit", "batch_size", "num_workers", "device", "amp"):
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", str(getattr(args, name))]
+    return options.parse_args(flags)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table in markdown."""
-    lines = ["| method | GMACs | top-1 | top-5 | agree | KL |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {r['method']} | {r['gmacs']:.3f} | {r['acc1']:.2f} | {r['acc5']:.2f} | {r['agree']:.2f} | {r['kl']:.4f} |"
-        for r in rows
-    ]
-    return "\n".join(lines) + "\n"
+    headers = ("method", "GMACs", "top-1", "top-5", "agree", "KL")
+    forms = {"gmacs": ".3f", "acc1": ".2f", "acc5": ".2f", "agree": ".2f", "kl": ".4f"}
+    texts = [[row["method"], *(format(row[key], form) for key, form in forms.items())] for row in rows]
+    return table(headers, texts) + "\n"
+
+
+def run(argv: Sequence[str]) -> None:
+    """Measure, print and write the table."""
+    args = build_parser().parse(argv)
+    rows = measure(args)
+    if args.out:
+        write_json(Path(args.out).with_suffix(".json"), {"model": args.model, "rows": rows})
+        Path(args.out).with_suffix(".md").write_text(markdown(rows))
+    print(markdown(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; returns the exit status."""
-    try:
-        print(markdown(table(sys.argv[1:] if argv is None else argv)))
-    except UserError as error:
-        print(f"methods_table.py: error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # --help
-        return int(stop.code or 0)
-    return 0
+    """Run one command line; returns the exit status: 0, or 2 after the user's mistake."""
+    return options.exit_status("methods_table.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ step() { # TITLE COMMAND...
 digits() { "$PYTHON" main.py --dataset DIGITS --model deit_digits --device cpu --log_every 90 "$@"; }
 
 digits_in_two_processes() {
-  # without "--" torchrun takes main.py's --r for one of its own options, abbreviated
-  "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=2 -- \
-    main.py --dataset DIGITS --model deit_digits --device cpu --log_every 90 "$@"
+  torchrun --standalone --nproc_per_node=2 main.py --dataset DIGITS --model deit_digits --device cpu --log_every 90 "$@"
 }
 
 SECONDS=0

@@ -11,17 +11,22 @@ import argparse
 import json
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.errors import UserError
-
-COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#e29e21", "#7a5195", "#4d4d4d")
+from analysis import charts
+from models import UserError
+from options import Parser, exit_status
+from utils import table
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,16 @@ class Row:
     values: dict[str, Any]
 
 
-# The columns of the table: title, and the text of a row or None where it has no such value.
+class Point(NamedTuple):
+    """A model in a plot of accuracies."""
+
+    series: str  # what it is joined with by a line
+    x: float
+    acc1: float
+    note: str
+
+
+# A column of the table: its title, and the text of a row, None where the row has no such value
 Column = tuple[str, Callable[[Row], str | None]]
 
 
@@ -69,22 +83,21 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def find_files(place: str) -> list[Path]:
-    """The result.json of a folder, or those in folders below it; a file is itself."""
-    path = Path(place)
+def find_files(path: Path) -> list[Path]:
+    """Find the result.json of a folder, or those in folders below it; a file is itself."""
     if path.is_file():
         return [path]
-    found = [path / "result.json"] if (path / "result.json").is_file() else sorted(path.rglob("result.json"))
-    if not found:
-        raise UserError(f"no result.json in {place}; write one with main.py --eval --output_dir {place}")
-    return found
+    files = [path / "result.json"] if (path / "result.json").is_file() else sorted(path.rglob("result.json"))
+    if not files:
+        raise UserError(f"no result.json in {path}; write one with main.py --eval --output_dir {path}")
+    return files
 
 
 def read_rows(file: Path, label: str) -> list[Row]:
-    """The rows of one result.json.
+    """Read the rows of one result.json.
 
     Raises:
-        UserError: not such a file.
+        UserError: the file is not one.
     """
     try:
         result = json.loads(file.read_text())
@@ -99,32 +112,22 @@ def read_rows(file: Path, label: str) -> list[Row]:
     return rows
 
 
-def collect(places: Sequence[str]) -> list[Row]:
-    """All rows of PLACE or LABEL=PLACE arguments; the label of a file is else the name of its folder."""
+def collect(arguments: Sequence[str]) -> list[Row]:
+    """Read all rows of PLACE or LABEL=PLACE arguments; without a label a file has the name of its folder."""
     rows: list[Row] = []
-    for place in places:
-        label, equals, path = place.partition("=")
-        if not equals or Path(place).exists():
-            label, path = "", place
+    for argument in arguments:
+        label, equals, name = argument.partition("=")
+        if not equals or Path(argument).exists():
+            label, name = "", argument
+        path = Path(name)
         rows += [row for file in find_files(path) for row in read_rows(file, label or file.resolve().parent.name)]
     return rows
 
 
-def table(rows: Sequence[Row], markdown: bool = False) -> str:
-    """A text or markdown table of the columns that some row has."""
-    cells = [[title, *(text(row) or "" for row in rows)] for title, text in COLUMNS]
-    cells = [column for column in cells if any(column[1:])]
-    widths = [max(map(len, column)) for column in cells]
-    lines = []
-    for place in range(len(rows) + 1):
-        line = [
-            column[place].ljust(width) if i < 2 else column[place].rjust(width)
-            for i, (column, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        lines.append("| " + " | ".join(line) + " |" if markdown else "  ".join(line).rstrip())
-    rules = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines.insert(1, "| " + " | ".join(rules) + " |" if markdown else "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+def results_table(rows: Sequence[Row], markdown: bool = False) -> str:
+    """Print rows as a text or markdown table of the columns that some row has."""
+    texts = [[text(row) or "" for _, text in COLUMNS] for row in rows]
+    return table([title for title, _ in COLUMNS], texts, left=2, markdown=markdown)
 
 
 def pareto(points: Sequence[tuple[float, float]], smaller_x: bool) -> list[tuple[float, float]]:
@@ -137,60 +140,55 @@ def pareto(points: Sequence[tuple[float, float]], smaller_x: bool) -> list[tuple
     return sorted(front)
 
 
-def plot(rows: Sequence[Row], file: Path) -> None:
-    """Save accuracy against GMACs, and against the speed-up where it was measured, with the Pareto front.
+@charts.styled
+def draw(rows: Sequence[Row]) -> Figure:
+    """Draw accuracy against GMACs, and against the speed-up where it was measured, with the Pareto fronts.
 
     Not against images/s: those of two runs do not compare on a machine that does other things too.
     """
-    import matplotlib  # half a second that a table does not need
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     timed = [row for row in rows if row.values.get("speedup")]
-    figure, axes = plt.subplots(1, 2 if timed else 1, figsize=(11 if timed else 6, 4.4), squeeze=False, sharey=True)
-    _panel(axes[0][0], rows, "GMACs per image", lambda row: row.values["gmacs"], smaller_x=True)
+    figure, axes = charts.new_figure(1, 2 if timed else 1, width=5.5, height=4.4, sharey=True)
+    by_gmacs = [Point(row.label, row.values["gmacs"], row.values["acc1"], f"r={row.values['r']}") for row in rows]
+    draw_accuracies(axes[0, 0], by_gmacs, "GMACs per image", smaller_x=True)
     if timed:
+        by_speed = [Point(row.label, row.values["speedup"], row.values["acc1"], _speed_note(row)) for row in timed]
         title = "images/s, as a multiple of timm's dense model in the same run"
-        _panel(axes[0][1], timed, title, lambda row: row.values["speedup"], smaller_x=False)
+        draw_accuracies(axes[0, 1], by_speed, title, smaller_x=False)
         devices = sorted({f"{row.device}, batch size {row.values.get('batch_size', '?')}" for row in timed})
-        axes[0][1].set_title("; ".join(devices), fontsize=9, color="0.35")
-    axes[0][0].set_ylabel("top-1 accuracy (%)")
-    axes[0][0].legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+        axes[0, 1].set_title("; ".join(devices), fontsize=9, color=charts.FAINT)
+    axes[0, 0].set_ylabel("top-1 accuracy (%)")
+    axes[0, 0].legend()
+    return figure
+
+
+def _speed_note(row: Row) -> str:
+    speed = row.values.get("images_per_s")
+    return f"r={row.values['r']}" + (f", {speed['median']:.0f}/s" if speed else "")
+
+
+def draw_accuracies(ax: Axes, points: Sequence[Point], x_title: str, smaller_x: bool) -> None:
+    """Draw accuracies over a cost (smaller_x: less is better) or a speed: a line for each series, and the front."""
+    front = pareto([(point.x, point.acc1) for point in points], smaller_x)
+    wide: dict[str, Any] = {"color": charts.RULE, "linewidth": 5, "solid_capstyle": "round", "zorder": 1}
+    ax.plot(*zip(*front, strict=True), **wide, label="Pareto front")
+    for i, series in enumerate(dict.fromkeys(point.series for point in points)):
+        line = sorted((point for point in points if point.series == series), key=lambda point: point.x)
+        colour = charts.colour_of(i)
+        ax.plot([p.x for p in line], [p.acc1 for p in line], "o-", color=colour, label=series, zorder=2)
+        for point in line:
+            place = (point.x, point.acc1)
+            ax.annotate(point.note, place, (0, 7), textcoords="offset points", fontsize=7, color=colour, ha="center")
+    ax.set_xlabel(x_title)
+    ax.margins(0.15)
+
+
+def save(figure: Figure, file: Path, flag: str) -> None:
+    """Write a figure; raises UserError that names the flag where that is impossible."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write --plot {file}: {error}; name a .png file") from error
-    finally:
-        plt.close(figure)
-
-
-def _panel(axis: Any, rows: Sequence[Row], title: str, x_of: Callable[[Row], float], smaller_x: bool) -> None:
-    front = pareto([(x_of(row), row.values["acc1"]) for row in rows], smaller_x)
-    axis.plot(
-        *zip(*front, strict=True), color="0.75", linewidth=5, solid_capstyle="round", zorder=1, label="Pareto front"
-    )
-    for i, label in enumerate(dict.fromkeys(row.label for row in rows)):
-        mine = sorted((row for row in rows if row.label == label), key=x_of)
-        colour = COLOURS[i % len(COLOURS)]
-        points = [(x_of(row), row.values["acc1"]) for row in mine]
-        axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label, zorder=2)
-        for (x, y), row in zip(points, mine, strict=True):
-            speed = row.values.get("images_per_s")
-            note = f"r={row.values['r']}" + (f", {speed['median']:.0f}/s" if speed and not smaller_x else "")
-            axis.annotate(note, (x, y), (0, 7), textcoords="offset points", fontsize=7, color=colour, ha="center")
-    axis.set_xlabel(title)
-    axis.grid(alpha=0.25)
-    axis.margins(0.15)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see --help")
+        raise UserError(f"cannot write {flag} {file}: {error}; name a .png file") from error
 
 
 def build_parser() -> Parser:
@@ -201,21 +199,19 @@ def build_parser() -> Parser:
     return parser
 
 
+def run(argv: Sequence[str]) -> None:
+    """Print the table, and save the plot."""
+    args: Namespace = build_parser().parse_args(argv)
+    rows = collect(args.places)
+    print(results_table(rows, args.markdown))
+    if args.plot:
+        save(draw(rows), args.plot, "--plot")
+        print(f"wrote {args.plot}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, or 2 after the user's mistake."""
-    try:
-        args = build_parser().parse_args(argv)
-        rows = collect(args.places)
-        print(table(rows, args.markdown))
-        if args.plot:
-            plot(rows, args.plot)
-            print(f"wrote {args.plot}")
-        return 0
-    except UserError as error:
-        print(f"results.py: error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # argparse after --help
-        return int(stop.code or 0)
+    return exit_status("results.py", run, argv)
 
 
 if __name__ == "__main__":

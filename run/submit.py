@@ -41,7 +41,7 @@ import main as program
 import options
 from datasets import data_root, missing_data
 from models import UserError, create_model
-from utils import setup_output
+from utils import INTERRUPTED_STATUS, setup_output
 
 ROOT = Path(__file__).resolve().parents[1]
 SLURM_ONLY = ("partition", "constraint", "account", "mem", "comment", "cpus", "job_name", "sbatch", "max_timeouts")
@@ -57,19 +57,19 @@ ENDED = (
     "TIMEOUT",
 )
 GRACE = 20.0  # seconds for the other ranks to end after one failed, and for shared file systems to show results
-TAIL = 40  # lines of a failed rank that are shown
-LOST = re.compile("lost contact|connection closed|connection reset|broken pipe|nccl", re.IGNORECASE)
+TAIL = 40  # lines that are shown of a rank that died without a traceback
+LOST_CONTACT = re.compile("lost contact|connection closed|connection reset|broken pipe|nccl", re.IGNORECASE)
 
 
 # In the job
 
 
 class RunFailed(RuntimeError):
-    """main.py ended with an error that it has printed itself."""
+    """Says that main.py ended with an error that it has printed itself."""
 
 
 class Rank:
-    """One process of a job: what submitit pickles, and calls in every task.
+    """One process of a job, which submitit pickles and calls in every task.
 
     While main.py trains, its own handlers save on a signal and it returns 75 on all ranks. Only then rank 0 raises
     submitit's signal, so that submitit counts the timeouts, calls `checkpoint` and requeues, once.
@@ -81,8 +81,8 @@ class Rank:
         self.restarted = False
 
     def __call__(self) -> int:
-        where = submitit.JobEnvironment()
-        self._environment(where)
+        job = submitit.JobEnvironment()
+        self._environment(job)
         sys.path.insert(0, self.root)
         from main import main
         from utils import RESUMABLE_STATUS
@@ -90,79 +90,85 @@ class Rank:
         try:
             status = main(self.arguments())
         except Exception:
-            if _in_charge(where):
+            if _is_running(job):
                 raise
             traceback.print_exc()  # the loss of ranks that Slurm has ended
             sys.exit(0)
-        if status and (status == RESUMABLE_STATUS or not _in_charge(where)):
-            self._requeue(where)
+        if status and (status == RESUMABLE_STATUS or not _is_running(job)):
+            self._requeue(job)
         if status == _local_requeue():  # main() hands on the exit of submitit's handler
             sys.exit(status)
         if status:
             raise RunFailed(f"main.py ended with status {status}")
         return status
 
-    def _environment(self, where: submitit.JobEnvironment) -> None:
-        """Where this rank stands. Under Slurm main.py reads srun's variables, and stale ones must not hide them."""
+    def _environment(self, job: submitit.JobEnvironment) -> None:
+        """Say which rank this is. Under Slurm main.py reads srun's variables, and stale ones must not hide them.
+
+        submitit's TorchDistributedEnvironment would take a port drawn from the job's number, which another program may
+        hold here, and hides the GPUs of the other ranks.
+        """
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
             os.environ.pop(name, None)
         if self.threads is not None:
             os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))
-        if where.cluster == "local":
-            place: dict[str, Any] = {
-                "RANK": where.global_rank,
-                "WORLD_SIZE": where.num_tasks,
-                "LOCAL_RANK": where.local_rank,
-            }
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
-            os.environ.update({name: str(value) for name, value in place.items()})
+        if job.cluster == "local":
+            os.environ["RANK"] = str(job.global_rank)
+            os.environ["WORLD_SIZE"] = str(job.num_tasks)
+            os.environ["LOCAL_RANK"] = str(job.local_rank)
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            os.environ["MASTER_PORT"] = str(self.port)
 
     def arguments(self) -> list[str]:
-        """main.py's command line; a restarted training goes on from its own checkpoint, once there is one."""
+        """Complete main.py's command line: a restarted training goes on from its own checkpoint, once there is one."""
         restarted = self.restarted or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         saved = any((Path(self.output_dir) / name).exists() for name in ("checkpoint.pth", "checkpoint_prev.pth"))
         resume = restarted and saved and "--eval" not in self.argv
         return [*self.argv, "--resume", "auto"] if resume else self.argv
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit runs after a requeue."""
+        """Tell submitit what to run after a requeue."""
         again = copy.copy(self)
         again.restarted = True
         return submitit.helpers.DelayedSubmission(again)
 
-    def _requeue(self, where: submitit.JobEnvironment) -> None:
-        """Leave without a result, after having the job requeued if that is for us to do."""
-        if where.global_rank == 0 and _in_charge(where) and not self._killed(where):
+    def _requeue(self, job: submitit.JobEnvironment) -> None:
+        """Leave without a result, after having the job requeued if that is for this rank to do."""
+        if job.global_rank == 0 and _is_running(job) and not self._told_to_end(job):
             try:
-                signal.raise_signal(getattr(signal, f"SIG{where.USR_SIG}"))
+                signal.raise_signal(getattr(signal, f"SIG{job.USR_SIG}"))
             except SystemExit as stop:
                 if stop.code == _local_requeue():
                     raise
             except subprocess.CalledProcessError:
-                if _in_charge(where):  # else the requeue has ended the very command that asked for it
+                if _is_running(job):  # else the requeue has ended the very command that asked for it
                     raise
         sys.exit(0)  # SystemExit leaves no result file; submitit's own -1 would look like a failed rank
 
-    def _killed(self, where: submitit.JobEnvironment) -> bool:
-        """Whether a local run was told to end: without a scheduler, SIGTERM is not a preemption."""
+    def _told_to_end(self, job: submitit.JobEnvironment) -> bool:
+        """True if a local run got SIGTERM: without a scheduler that is no preemption."""
         marker = Path(self.output_dir) / "stopped.json"
-        return where.cluster == "local" and marker.exists() and json.loads(marker.read_text())["reason"] == "SIGTERM"
+        return job.cluster == "local" and marker.exists() and json.loads(marker.read_text())["reason"] == "SIGTERM"
 
 
 def _local_requeue() -> int:
+    """The exit status by which a task asks submitit's local controller to start it again."""
     from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
     return LOCAL_REQUEUE_RETURN_CODE
 
 
-def _in_charge(where: submitit.JobEnvironment) -> bool:
+def _is_running(job: submitit.JobEnvironment) -> bool:
     """False if Slurm is ending the job by itself (scancel, an outside requeue, a lost node): hands off, then."""
-    return where.cluster != "slurm" or slurm_state(where.job_id) in ("RUNNING", "UNKNOWN")
+    return job.cluster != "slurm" or slurm_state(job.job_id) in ("RUNNING", "UNKNOWN")
 
 
 def slurm_state(job_id: str) -> str:
-    """State of a Slurm job by squeue, which needs no accounting; "UNKNOWN" if Slurm does not answer, "GONE" if it has
-    forgotten the job."""
+    """Ask squeue, which needs no accounting, for the state of a job.
+
+    Returns:
+        Slurm's word; "UNKNOWN" if Slurm does not answer, "GONE" if it has forgotten the job.
+    """
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
     for _ in range(3):  # the signal that ends a job may hit squeue, too
         try:
@@ -216,16 +222,15 @@ def build_parser() -> options.Parser:
 
 
 def parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """argv -> flags of submit.py, arguments of main.py.
+    """Split argv into the flags of submit.py, parsed, and the arguments of main.py.
 
     Raises:
-        UserError: a flag that is unknown, contradicts another or does nothing.
+        UserError: a flag is unknown, contradicts another or does nothing.
     """
-    own, separator, arguments = list(argv), "--" in argv, []
-    if separator:
-        own, arguments = own[: own.index("--")], own[own.index("--") + 1 :]
-    args = build_parser().parse(own)
-    if not separator:
+    argv = list(argv)
+    end = argv.index("--") if "--" in argv else None
+    args = build_parser().parse(argv[:end])
+    if end is None:
         raise UserError(
             "the arguments of main.py are missing; give them after --, as in --nodes 2 -- --model deit_small"
         )
@@ -240,70 +245,69 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     for pair in args.sbatch or ():
         if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", pair):
             raise UserError(f"--sbatch {pair} must look like qos=high or exclusive")
-    return args, arguments
+    return args, argv[end + 1 :]
 
 
 def _check_local(args: Namespace) -> None:
-    given = [name for name in SLURM_ONLY if getattr(args, name) is not None]
-    if given:
-        raise UserError(f"--{given[0]} has no effect with --cluster {args.cluster}; leave it out")
+    for name in SLURM_ONLY:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} has no effect with --cluster {args.cluster}; leave it out")
     if args.nodes > 1:
         raise UserError(f"--cluster {args.cluster} runs on this machine only; leave --nodes out")
     if args.cluster == "debug" and max(args.ngpus, args.tasks_per_node or 1) > 1:
         raise UserError("--cluster debug runs one process; give --ngpus 0 or 1")
 
 
-def complete(arguments: Sequence[str], args: Namespace) -> tuple[list[str], Namespace]:
-    """main.py's arguments with those that a job needs, and what they parse to.
+def complete(main_argv: Sequence[str], args: Namespace) -> tuple[list[str], Namespace]:
+    """Add what a job needs to main.py's arguments; returns them, and what they parse to.
 
     Raises:
         UserError: whatever main.py would refuse that can be found without the data.
     """
-    arguments = list(arguments)
-    parsed = options.parse_args(arguments)
-    if not parsed.output_dir:  # without one nothing is saved, and a requeued run would start anew
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{parsed.model or 'deit_small'}-{uuid.uuid4().hex[:4]}"
-        arguments += ["--output_dir", str(Path("runs") / name)]
-    if args.ngpus == 0 and parsed.device is None:
-        arguments += ["--device", "cpu"]
-    parsed = options.parse_args(arguments)
-    check_run(parsed, args.skip_data_check)
-    return arguments, parsed
+    main_argv = list(main_argv)
+    main_args = options.parse_args(main_argv)
+    if not main_args.output_dir:  # without one nothing is saved, and a requeued run would start anew
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{main_args.model or 'deit_small'}-{uuid.uuid4().hex[:4]}"
+        main_argv += ["--output_dir", str(Path("runs") / name)]
+    if args.ngpus == 0 and main_args.device is None:
+        main_argv += ["--device", "cpu"]
+    main_args = options.parse_args(main_argv)
+    check_run(main_args, args.skip_data_check)
+    return main_argv, main_args
 
 
-def check_run(parsed: Namespace, skip_data: bool = False) -> None:
+def check_run(main_args: Namespace, skip_data: bool = False) -> None:
     """Raise UserError for a model, a merging, a checkpoint or a data path with which main.py could not start."""
-    options.merge_config(parsed)
-    weights = build.Weights(parsed, parsed.model)
-    config = build.build_config(parsed, weights.name)
-    merge = options.merge_config(parsed, weights.merge)
-    registers = {"num_registers": parsed.num_registers, "register_layer": parsed.register_layer or 0}
+    weights = build.Weights(main_args, main_args.model)
+    config = build.build_config(main_args, weights.name)
+    merge = options.merge_config(main_args, weights.merge)
+    registers = {"num_registers": main_args.num_registers, "register_layer": main_args.register_layer or 0}
     if weights.state is None:  # else the checkpoint decides what fits
         create_model(weights.name, merge=merge, img_size=config.input_size, num_classes=10, **registers)
-    folder = Path(parsed.output_dir).expanduser()
-    if not parsed.eval and not _continues(parsed.resume, folder) and (folder / "checkpoint.pth").exists():
+    folder = Path(main_args.output_dir).expanduser()
+    if not main_args.eval and not _continues(main_args.resume, folder) and (folder / "checkpoint.pth").exists():
         raise UserError(f"{folder} holds checkpoint.pth of an earlier run; add --resume auto, or name another folder")
-    if not skip_data and parsed.dataset in ("IMNET", "IMAGENETTE", "FOLDER"):
-        for split in ("val",) if parsed.eval else ("train", "val"):
-            if not (data_root(parsed) / split).is_dir():
-                raise missing_data(parsed, f"{data_root(parsed) / split} does not exist")
+    if not skip_data and main_args.dataset in ("IMNET", "IMAGENETTE", "FOLDER"):
+        for split in ("val",) if main_args.eval else ("train", "val"):
+            if not (data_root(main_args) / split).is_dir():
+                raise missing_data(main_args, f"{data_root(main_args) / split} does not exist")
 
 
 def _continues(resume: str | None, folder: Path) -> bool:
-    """Whether a checkpoint in the run's folder is its own, which a requeued run may take."""
+    """True if --resume names the run's own checkpoint, which a requeued run may take from its folder, too."""
     return bool(resume) and (resume == "auto" or Path(str(resume)).expanduser().resolve().parent == folder.resolve())
 
 
 # The submission
 
 
-def build_executor(args: Namespace, parsed: Namespace) -> Any:
-    """submitit's executor with the job's parameters.
+def build_executor(args: Namespace, main_args: Namespace) -> Any:
+    """Build submitit's executor with the job's parameters.
 
     Raises:
         UserError: there is no Slurm here.
     """
-    folder = Path(args.job_dir or Path(parsed.output_dir) / "slurm").expanduser().absolute()
+    folder = Path(args.job_dir or Path(main_args.output_dir) / "slurm").expanduser().absolute()
     tasks = args.tasks_per_node or max(1, args.ngpus)
     executor: Any
     if args.cluster == "local":
@@ -313,9 +317,9 @@ def build_executor(args: Namespace, parsed: Namespace) -> Any:
         return executor
     if not args.dry_run and not shutil.which("sbatch"):
         raise UserError("there is no sbatch here; go to a login node of the cluster, or give --cluster local")
-    kind = _DrySlurm if args.dry_run else submitit.SlurmExecutor
-    executor = kind(folder, max_num_timeout=10 if args.max_timeouts is None else args.max_timeouts)
-    executor.update_parameters(**_slurm_parameters(args, parsed, tasks))
+    executor_class = _DrySlurm if args.dry_run else submitit.SlurmExecutor
+    executor = executor_class(folder, max_num_timeout=10 if args.max_timeouts is None else args.max_timeouts)
+    executor.update_parameters(**_slurm_parameters(args, main_args, tasks))
     return executor
 
 
@@ -324,15 +328,12 @@ class _DrySlurm(submitit.SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
-        return 2
+        return 2  # as where srun is found; less than 1 refuses to make an executor
 
 
-def _slurm_parameters(args: Namespace, parsed: Namespace, tasks: int) -> dict[str, Any]:
-    cpus = args.cpus or max(1, parsed.num_workers)
-    extra: dict[str, Any] = {"requeue": True}  # also where the cluster's default is not to
-    for pair in args.sbatch or ():
-        key, equals, value = pair.partition("=")
-        extra[key] = value if equals else True
+def _slurm_parameters(args: Namespace, main_args: Namespace, tasks: int) -> dict[str, Any]:
+    cpus = args.cpus or max(1, main_args.num_workers)
+    pairs = [pair.partition("=") for pair in args.sbatch or ()]
     parameters = {
         "job_name": args.job_name or "regtome",
         "nodes": args.nodes,
@@ -345,21 +346,22 @@ def _slurm_parameters(args: Namespace, parsed: Namespace, tasks: int) -> dict[st
         "wckey": None,  # submitit's own would be refused where such keys are kept
         # a failed rank must not leave the others waiting; since Slurm 22.05 srun ignores sbatch's cpus-per-task
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
-        "additional_parameters": extra,
+        # requeue: also where the cluster's default is not to
+        "additional_parameters": {"requeue": True, **{key: value if sep else True for key, sep, value in pairs}},
+        **{name: getattr(args, name) for name in ("partition", "constraint", "account", "comment")},
     }
-    parameters |= {name: getattr(args, name) for name in ("partition", "constraint", "account", "comment")}
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
 
 
-def build_rank(args: Namespace, arguments: list[str], parsed: Namespace) -> Rank:
-    """What every process of the job runs."""
+def build_rank(args: Namespace, main_argv: list[str], main_args: Namespace) -> Rank:
+    """Build what every process of the job runs."""
     threads, port = None, 0
     if args.cluster == "local":
         threads, port = max(1, (os.cpu_count() or 1) // (args.tasks_per_node or max(1, args.ngpus))), _free_port()
     elif args.ngpus == 0:
-        threads = args.cpus or max(1, parsed.num_workers)
-    folder = str(Path(parsed.output_dir).expanduser().absolute())
-    return Rank(arguments, folder, str(ROOT), threads, port)
+        threads = args.cpus or max(1, main_args.num_workers)
+    folder = str(Path(main_args.output_dir).expanduser().absolute())
+    return Rank(main_argv, folder, str(ROOT), threads, port)
 
 
 def _free_port() -> int:
@@ -368,24 +370,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def describe(args: Namespace, executor: Any, arguments: Sequence[str]) -> str:
-    """What would be submitted: Slurm's script as it would be written, and main.py's command line."""
+def describe(args: Namespace, executor: Any, main_argv: Sequence[str]) -> str:
+    """Say what would be submitted: Slurm's script as it would be written, and main.py's command line."""
     lines = [f"job folder: {executor.folder}"] if executor is not None else []
     if args.cluster == "slurm":
+        # private, for submitit has no public way to a script without submitting it
         lines.append(executor._make_submission_file_text(executor._submitit_command_str, "").strip())
     elif args.cluster == "local":
         lines += [f"{name}: {value}" for name, value in sorted(executor.parameters.items())]
-    lines.append(f"every rank runs: python {shlex.quote(str(ROOT / 'main.py'))} {shlex.join(arguments)}")
-    if "--eval" not in arguments and args.cluster != "debug":
+    lines.append(f"every rank runs: python {shlex.quote(str(ROOT / 'main.py'))} {shlex.join(main_argv)}")
+    if "--eval" not in main_argv and args.cluster != "debug":
         lines.append("after a requeue it adds: --resume auto")
     return "\n".join(lines)
 
 
 def submit(executor: Any, rank: Rank) -> Any:
-    """Submit; returns submitit's job.
+    """Submit a job; returns submitit's.
 
     Raises:
-        UserError: Slurm refuses the job; its own words.
+        UserError: Slurm refuses the job; in its own words.
     """
     if __name__ != "__main__":  # the job's processes need not find this module
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -397,11 +400,11 @@ def submit(executor: Any, rank: Rank) -> Any:
         raise UserError(f"Slurm refuses the job: {' '.join(str(error).split())}") from error
 
 
-def announce(args: Namespace, job: Any, parsed: Namespace) -> None:
-    """Job id, places and what to type next."""
+def announce(args: Namespace, job: Any, main_args: Namespace) -> None:
+    """Print the job's number, where its results and logs are, and what to type next."""
     logs = job.paths.folder / f"{job.job_id}_RANK_log"
     print(f"job {job.job_id} submitted: {args.nodes} x {job.num_tasks // args.nodes} processes")
-    print(f"results: {parsed.output_dir}")
+    print(f"results: {main_args.output_dir}")
     print(f"logs of each rank: {logs}.out, {logs}.err")
     print(f"follow:  tail -F {shlex.quote(str(job.paths.folder / f'{job.job_id}_0_log.out'))}")
     if args.cluster == "slurm":
@@ -413,51 +416,60 @@ def announce(args: Namespace, job: Any, parsed: Namespace) -> None:
 
 # Waiting
 
+Results = dict[int, tuple[str, Any]]  # rank -> ("success", value) or ("error", traceback), of ranks that have ended
+
 
 def job_state(job: Any) -> str:
     return slurm_state(job.job_id) if isinstance(job, submitit.SlurmJob) else job.state
 
 
-def results(job: Any) -> dict[int, tuple[str, Any]]:
-    """Rank -> ("success", value) or ("error", traceback), of the ranks that have ended."""
+def read_results(job: Any) -> Results:
+    """Read what the ranks that have ended left behind.
+
+    By its files, for submitit's `job.results()` asks sacct, which many a cluster does not have.
+    """
     paths = {rank: job.task(rank).paths.result_pickle for rank in range(job.num_tasks)}
     return {rank: pickle_load(path) for rank, path in paths.items() if path.exists()}
 
 
 def wait(job: Any, poll: float = 2.0) -> int:
     """Follow a job through its requeues to its end; 0 if every rank succeeded, else 1 after showing the failed rank."""
-    before, ending, found = "", 0.0, results(job)
-    while not (len(found) == job.num_tasks and all(kind == "success" for kind, _ in found.values())):
-        state = job_state(job)
+    state, ending_since, results = "", 0.0, read_results(job)
+    while not _all_succeeded(job, results):
+        state, before = job_state(job), state
         if state != before:
             print(f"job {job.job_id}: {state}", flush=True)
-        before, found = state, results(job)
+        results = read_results(job)
         over = state in (*ENDED, "GONE", "FINISHED", "INTERRUPTED")
-        failed = any(kind == "error" for kind, _ in found.values())
-        ending = (ending or time.monotonic()) if over or failed else 0.0
-        if ending and ((over and failed) or time.monotonic() - ending > GRACE):
+        failed = any(outcome == "error" for outcome, _ in results.values())
+        ending_since = (ending_since or time.monotonic()) if over or failed else 0.0
+        if ending_since and ((over and failed) or time.monotonic() - ending_since > GRACE):
             if not over:
                 job.cancel(check=False)  # ranks that wait for the failed one
-            return report(job, found, state)
-        time.sleep(poll if not ending else min(poll, 1.0))
+            return report(job, results, state)
+        time.sleep(min(poll, 1.0) if ending_since else poll)
     print(f"job {job.job_id}: done")
     return 0
 
 
-def report(job: Any, found: dict[int, tuple[str, Any]], state: str) -> int:
+def _all_succeeded(job: Any, results: Results) -> bool:
+    return len(results) == job.num_tasks and all(outcome == "success" for outcome, _ in results.values())
+
+
+def report(job: Any, results: Results, state: str) -> int:
     """Show the rank that failed first: one with a traceback of its own, before those that lost contact with it."""
-    errors = {rank: str(text) for rank, (kind, text) in found.items() if kind == "error"}
+    errors = {rank: str(text) for rank, (outcome, text) in results.items() if outcome == "error"}
     if not errors:
-        silent = next((rank for rank in range(job.num_tasks) if rank not in found), 0)
-        return _show(job, silent, f"ended as {state} without a result of rank {silent}", _log_tail(job, silent))
+        silent = next((rank for rank in range(job.num_tasks) if rank not in results), 0)
+        return _show(job, silent, f"ended as {state} without a result of rank {silent}", _error_log(job, silent))
     # main.py prints its own errors in one line of the log; any other has its traceback in the result
-    texts = {r: _log_tail(job, r) if RunFailed.__name__ in text else text for r, text in errors.items()}
-    rank = min(texts, key=lambda r: (bool(LOST.search(texts[r])), r))
+    texts = {r: _error_log(job, r) if RunFailed.__name__ in text else text for r, text in errors.items()}
+    rank = min(texts, key=lambda r: (bool(LOST_CONTACT.search(texts[r])), r))
     return _show(job, rank, f"failed on rank {rank} of {job.num_tasks}", texts[rank])
 
 
-def _log_tail(job: Any, rank: int) -> str:
-    """What main.py wrote to a rank's error log, without submitit's lines and traceback."""
+def _error_log(job: Any, rank: int) -> str:
+    """What main.py wrote to a rank's error log, without submitit's lines and traceback; its own error alone, if any."""
     path = job.task(rank).paths.stderr
     text = path.read_text(errors="replace") if path.exists() else ""
     text = text.partition("submitit ERROR")[0] or text
@@ -465,40 +477,44 @@ def _log_tail(job: Any, rank: int) -> str:
     return "\n".join([line for line in lines if line.startswith("main.py: error")][-1:] or lines)
 
 
-def _show(job: Any, rank: int, what: str, text: str) -> int:
+def _show(job: Any, rank: int, event: str, text: str) -> int:
     paths = job.task(rank).paths
-    print(f"submit.py: job {job.job_id} {what}; logs: {paths.stdout}, {paths.stderr}", file=sys.stderr)
-    print("\n".join(text.strip().splitlines()[-TAIL:]), file=sys.stderr, flush=True)
+    print(f"submit.py: job {job.job_id} {event}; logs: {paths.stdout}, {paths.stderr}", file=sys.stderr)
+    print(error_excerpt(text), file=sys.stderr, flush=True)
     return 1
 
 
+def error_excerpt(text: str) -> str:
+    """The part of a failed rank's text that tells why: a traceback from its beginning on, however long the chain of its
+    errors is, for the first is the cause; the last lines of a text without one."""
+    lines = text.strip().splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("Traceback")), max(0, len(lines) - TAIL))
+    return "\n".join(lines[start:])
+
+
 def run(argv: Sequence[str]) -> int:
-    args, arguments = parse(argv)
-    arguments, parsed = complete(arguments, args)
-    executor = build_executor(args, parsed) if args.cluster != "debug" else None
+    """Submit, and with --wait follow the job to its end."""
+    args, main_argv = parse(argv)
+    main_argv, main_args = complete(main_argv, args)
+    executor = build_executor(args, main_args) if args.cluster != "debug" else None
     if args.dry_run:
-        print(describe(args, executor, arguments))
+        print(describe(args, executor, main_argv))
         return 0
-    setup_output(parsed.output_dir, True)
+    setup_output(main_args.output_dir, True)
     if executor is None:
-        return program.main(arguments)
-    job = submit(executor, build_rank(args, arguments, parsed))
-    announce(args, job, parsed)
-    return wait(job) if args.wait else 0
+        return program.main(main_argv)
+    job = submit(executor, build_rank(args, main_argv, main_args))
+    announce(args, job, main_args)
+    try:
+        return wait(job) if args.wait else 0
+    except KeyboardInterrupt:
+        print("submit.py: interrupted; the job goes on", file=sys.stderr)
+        return INTERRUPTED_STATUS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Submit one command line; returns the exit status: 0, 1 after a failed job with --wait, 2 the user's mistake."""
-    try:
-        return run(sys.argv[1:] if argv is None else list(argv))
-    except UserError as error:
-        print(f"submit.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("submit.py: interrupted; a job that was submitted goes on", file=sys.stderr)
-        return 130
-    except SystemExit as stop:  # argparse after --help
-        return int(stop.code or 0)
+    """Run one command line; returns the exit status: 0, 1 after a failed job with --wait, 2 the user's mistake."""
+    return options.exit_status("submit.py", run, argv)
 
 
 if __name__ == "__main__":

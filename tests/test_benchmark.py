@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.ideal import ideal_model
 from models import MergeConfig, UserError, create_model
-from run.benchmark import Step, interleave, main, match_accuracies, peak_memory, ratio
+from models.methods import METHODS
+from run.benchmark import CONFIGURATIONS, TimedCall, interleave, main, match_accuracies, peak_memory, ratio
 
 CPU = torch.device("cpu")
 TINY = ["--models", "deit_digits", "--r", "8", "--batch_sizes", "2", "--device", "cpu", "--rounds", "3"]
@@ -81,7 +82,7 @@ def test_ideal_trains_and_takes_other_schedules() -> None:
 
 def test_rounds_are_interleaved_and_ratios_are_taken_within_them() -> None:
     turns: list[str] = []
-    steps = {name: Step(lambda name=name: turns.append(name), 1) for name in "abc"}
+    steps = {name: TimedCall(lambda name=name: turns.append(name), 1) for name in "abc"}
     times = interleave(steps, 7, CPU)
     assert {len(taken) for taken in times.values()} == {7}
     rounds = [sorted(turns[i : i + 3]) for i in range(0, len(turns), 3)]
@@ -100,7 +101,7 @@ def test_what_was_not_measured_in_the_run_has_no_ratio() -> None:
 
 
 def test_times_are_those_of_the_steps() -> None:
-    times = interleave({"short": Step(lambda: None, 1), "long": Step(lambda: time.sleep(0.01), 1)}, 3, CPU)
+    times = interleave({"short": TimedCall(lambda: None, 1), "long": TimedCall(lambda: time.sleep(0.01), 1)}, 3, CPU)
     assert (times["long"] >= 0.01).all() and np.median(times["short"]) < 0.01
 
 
@@ -112,7 +113,7 @@ def test_peak_memory_is_the_most_at_one_time() -> None:
         c = torch.cat((b, b))  # 4 + 8 MiB
         del b, c
 
-    assert 12 * 2**20 <= peak_memory(Step(step, 1), CPU) < 12.1 * 2**20
+    assert 12 * 2**20 <= peak_memory(TimedCall(step, 1), CPU) < 12.1 * 2**20
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -127,7 +128,7 @@ def test_memory_of_a_training_step_falls_with_the_tokens(registers: int) -> None
             model(images(32)).sum().backward()
             model.zero_grad()
 
-        return peak_memory(Step(run, 32), CPU) - gradients, sum(model.plan().counts)
+        return peak_memory(TimedCall(run, 32), CPU) - gradients, sum(model.plan().counts)
 
     (dense, all_tokens), (merged, tokens) = kept(0), kept(9)
     assert merged / dense < tokens / all_tokens + 0.1, (merged / dense, tokens / all_tokens)
@@ -189,6 +190,18 @@ def test_all_phases_are_measured_saved_and_drawn(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "benchmark.txt").is_file() and (tmp_path / "speed.png").stat().st_size > 1000
 
 
+def test_every_method_takes_part_by_its_name(tmp_path: Path) -> None:
+    argv = ["--methods", *METHODS, "mctf_off", "mctf_max", "--num_registers", "2", "--output_dir", str(tmp_path)]
+    assert main([*TINY, *argv]) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    merges = {row["method"]: row["merge"] for row in rows if "merge" in row and not row["name"].startswith("ideal")}
+    assert {name: merge["method"] for name, merge in merges.items() if name in METHODS} == {
+        name: name for name in METHODS
+    }
+    assert merges["mctf_off"]["one_step_ahead"] == "off" and merges["mctf_max"]["pooling"] == "max"
+    assert CONFIGURATIONS["mctf_fast"] == {"method": "mctf", "r": 0.35, "activate_layers": (3, 6, 9)}
+
+
 def test_dtypes_are_settings_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = [*TINY, "--methods", "tome", "--dtypes", "fp32", "bf16", "--no_native", "--output_dir", str(tmp_path)]
     assert main(argv) == 0
@@ -243,14 +256,14 @@ def test_accuracies_are_joined_by_model_tokens_and_method(tmp_path: Path) -> Non
     setting = {"model": "deit_digits", "phase": "inference", "dtype": "fp32", "mode": "eager", "batch_size": 2}
     row = setting | {"device": "cpu", "name": "tome r=8 +0", "method": "tome", "r": "8", "tokens": tokens}
     row |= {"ratio_native": {"median": 1.5}, "merge": TOME}
-    ((group, label, speed, accuracy),) = match_accuracies([row], [str(place)])
-    assert (label, speed, accuracy) == ("r=8", 1.5, 91.5) and group.startswith("eval, tome")
+    ((series, speed, accuracy, note),) = match_accuracies([row], [str(place)])
+    assert (note, speed, accuracy) == ("r=8", 1.5, 91.5) and series.startswith("eval, tome")
     other = MergeConfig(r=8, prop_attn=False).as_dict()  # the same tokens, other accuracies
     with pytest.raises(UserError, match="timed in this run"):
         match_accuracies([row | {"merge": other}], [str(place)])
     dense = [65] * 6
     place = result_file(tmp_path / "dense", "0", dense, 93, MergeConfig(method="none").as_dict())
-    assert match_accuracies([row | {"tokens": dense}], [str(place)])[0][3] == 93
+    assert match_accuracies([row | {"tokens": dense}], [str(place)])[0].acc1 == 93
     with pytest.raises(UserError, match="timed in this run"):
         match_accuracies([row | {"ratio_native": None}], [str(place)])
     with pytest.raises(UserError, match="timed in this run"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed
-from tiny import images, ours, randomise
+from tiny import every_method, images, ours, randomise
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
@@ -59,21 +59,12 @@ def test_compiled_model_is_one_graph_per_schedule_and_equals_eager() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
-METHODS = [
-    pytest.param({"r": 3}, id="tome"),
-    pytest.param({"method": "mctf", "r": 3, "min_tokens": 4}, id="mctf"),
-    pytest.param({"method": "mctf", "r": 3, "min_tokens": 4, "pooling": "max"}, id="mctf-max"),
-    pytest.param({"method": "mctf", "r": 3, "min_tokens": 4, "one_step_ahead": "off"}, id="mctf-off"),
-    pytest.param({"method": "mctf", "r": 3, "min_tokens": 4, "one_step_ahead": "precise"}, id="mctf-precise"),
-    pytest.param({"method": "lgtm", "r": 1, "dense_layers": 0, "global_layer": 0}, id="lgtm"),
-]
-
-
-@pytest.mark.parametrize("merge", METHODS)
-def test_every_method_is_one_graph_for_any_batch_in_training_and_evaluation(merge: dict[str, Any]) -> None:
+@pytest.mark.filterwarnings("ignore:r=.* is more than")
+@pytest.mark.parametrize("merge", every_method(2, 2, choices=False))
+def test_every_method_is_one_graph_for_any_batch_in_training_and_evaluation(merge: MergeConfig) -> None:
     torch._dynamo.reset()
     counters.clear()
-    model = ours(MergeConfig(**merge), num_registers=2, depth=2)
+    model = ours(merge, num_registers=2, depth=2)
     graphs: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

@@ -196,7 +196,9 @@ def test_evaluation_counts_each_image_once_for_any_world_size(two: list[dict[str
             scores = found[str(limit)]
             assert (scores["n_images"], scores["acc1"], scores["acc5"]) == (limit, wanted["acc1"], wanted["acc5"])
             assert [scores[k] for k in ("loss", "agree", "kl")] == pytest.approx(
-                [wanted[k] for k in ("loss", "agree", "kl")]
+                [wanted[k] for k in ("loss", "agree", "kl")],
+                rel=1e-6,
+                abs=1e-9,  # kl is 1e-4 here, of float32 logits whose last digits may depend on the batch size
             )
 
 

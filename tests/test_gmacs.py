@@ -58,6 +58,7 @@ MERGES = {
     "off": MergeConfig(method="mctf", r=16, one_step_ahead="off"),
     "precise": MergeConfig(method="mctf", r=16, one_step_ahead="precise"),
     "max": MergeConfig(method="mctf", r=16, pooling="max"),
+    "pitome": MergeConfig(method="pitome", r=16),
 }
 
 
@@ -72,7 +73,8 @@ def counted(model: MergingViT, side: int) -> float:
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
 def test_formula_is_what_runs(merge: MergeConfig) -> None:
     model = create_model("deit_tiny", num_registers=3, merge=merge).eval()
-    assert gmacs(model) == pytest.approx(counted(model, 224), rel=0.02)
+    # the formula leaves matching out; PiToMe's compares all pairs of tokens, ToMe's a quarter of them
+    assert gmacs(model) == pytest.approx(counted(model, 224), rel=0.03 if merge.method == "pitome" else 0.02)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
 import options
+from models.methods import METHODS
 from models.schedule import token_plan
 from run import results
 
@@ -156,6 +157,8 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "a project"
     (folder / "run").mkdir(parents=True)
     shutil.copy(ROOT / "run/_venv.sh", folder / "run")
+    for name in ("setup.py", "run/torchrun.py"):  # what the installation depends on besides the requirements
+        shutil.copy(ROOT / name, folder / name)
     (folder / "requirements.txt").write_text("package==1.0\n")
     (folder / "run/use.sh").write_text('set -euo pipefail\n. "$(dirname "$0")/_venv.sh"\necho "python=$PYTHON"\n')
     (tmp_path / "bin").mkdir()
@@ -280,30 +283,60 @@ def test_wrong_arguments_of_results(tmp_path: Path, capsys: pytest.CaptureFixtur
 # Requirements and documents
 
 
-def test_one_list_of_requirements() -> None:
+def pins() -> dict[str, str]:
+    """Package -> version in requirements.txt."""
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+==[0-9][0-9.]*", line) for line in lines)
-    conda = yaml.safe_load((ROOT / "env.yaml").read_text())
-    assert {"pip": ["-r requirements.txt"]} in conda["dependencies"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["dynamic"] == ["dependencies"]
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    return dict(line.split("==") for line in lines)
+
+
+def ranges() -> dict[str, dict[str, Requirement]]:
+    """Extra ("" for what is always installed) -> package -> its range in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: {(r := Requirement(line)).name: r for line in lines} for extra, lines in groups.items()}
+
+
+def test_one_list_of_requirements() -> None:
+    """Every pin lies inside the range that an installation asks for, and every package of the one is in the other."""
+    named = {name: r for group in ranges().values() for name, r in group.items() if name != "regtome"}
+    assert {name for name, version in pins().items() if name in named and version not in named[name].specifier} == set()
+    assert named.keys() - pins().keys() == set()
+    assert pins().keys() - named.keys() == {"huggingface_hub"}  # timm's own requirement
+
+
+def test_extras() -> None:
+    extras = ranges()
+    assert extras[""].keys() == {"torch", "timm", "numpy", "safetensors"}
+    assert extras.keys() == {"", "analysis", "export", "train", "dev"}
+    assert {"matplotlib", "scikit-learn"} <= extras["analysis"].keys()
+    assert extras["train"]["regtome"].extras == {"analysis"}
+    assert extras["dev"]["regtome"].extras == {"export", "train"}
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
+
+
+def imported(*folders: str) -> set[str]:
+    """Packages that the Python files below folders import, by the names they are installed under."""
+    files = [file for folder in folders for file in ROOT.glob(f"{folder}/**/*.py" if folder else "*.py")]
+    own = {file.stem for file in [*files, *ROOT.glob("*.py")]} | {"models", "analysis", "run", "tests", "regtome"}
+    lines = "\n".join(file.read_text() for file in files)
+    names = set(re.findall(r"^\s*(?:from|import) (\w+)[\w.]* ?(?:import|as|$)", lines, re.M))
+    return {DISTRIBUTIONS.get(name, name) for name in names - own - set(sys.stdlib_module_names)}
 
 
 def test_requirements_are_what_is_imported() -> None:
     """Every package that the project imports is in the list (the tests' own too)."""
-    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
-    pinned = re.findall(r"^([A-Za-z0-9_-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
-    files = [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("run/*.py"), *ROOT.glob("tests/*.py")]
-    own = {file.stem for file in files} | {"models", "run", "tests"}
-    imports = {
-        found
-        for file in files
-        for found in re.findall(r"^\s*(?:from|import) (\w+)[\w.]* ?(?:import|as|$)", file.read_text(), re.M)
-    }
-    missing = {names.get(name, name) for name in imports - own - set(sys.stdlib_module_names)} - set(pinned)
-    # optional: of an export that is not installed everywhere
-    assert missing <= {"onnx", "onnxruntime"}
+    # packaging comes with pytest
+    assert imported("", "models", "analysis", "run", "tests") - {"packaging"} <= pins().keys()
+
+
+def test_ranges_are_what_is_imported() -> None:
+    extras = {extra: set(group) for extra, group in ranges().items()}
+    assert imported("models") <= extras[""] | extras["export"] | {"huggingface_hub"}
+    train = extras["train"] | extras["analysis"]
+    assert imported("", "analysis", "run") <= extras[""] | train | extras["dev"]
 
 
 def document_commands() -> list[tuple[str, str]]:
@@ -335,20 +368,35 @@ def test_documented_commands_are_taken(document: str, command: str) -> None:
         rest = rest[rest.index("--") + 1 :]
     if script in ("main.py", "run/submit.py") and "--help" not in rest:
         options.parse_args(rest)
-    if words[0] == "torchrun":  # which up to Python 3.12.1 reads --r as its own unless "--" comes before main.py
-        assert torchrun_arguments(words[1:]) == rest
+    if words[0] == "torchrun":
+        assert torchrun_arguments(words[1:], abbreviations=False) == rest
 
 
-def torchrun_arguments(words: list[str]) -> list[str]:
-    """What torchrun passes on to its script."""
-    return get_args_parser().parse_args(words).training_script_args
+def torchrun_arguments(words: list[str], abbreviations: bool) -> list[str]:
+    """What torchrun passes on to its script: torch's own with abbreviations, run/torchrun.py without."""
+    parser = get_args_parser()
+    parser.allow_abbrev = abbreviations
+    return parser.parse_args(words).training_script_args
 
 
 def test_torchrun_passes_a_scripts_options_on() -> None:
     done = bash(ROOT / "run/finetune_deit_s_regtome.sh", REGTOME_ECHO="1", NGPUS="8")
     words = shlex.split(done.stdout)
     assert words[1:3] == ["-m", "torch.distributed.run"]
-    assert "--r" in torchrun_arguments(words[3:])
+    assert "--r" in torchrun_arguments(words[3:], abbreviations=True)
+
+
+def test_the_readme_names_every_method_and_module() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all(f"| `{name}` |" in text for name in METHODS)
+    modules = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("models/*.py")]} - {"__init__.py", "hubconf.py"}
+    assert {name for name in modules if name not in text} <= {"errors.py", "scatter_free.py"}
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / link).is_file(), f"{document.name} links to {link}"
 
 
 def test_commands_in_the_help_of_main_are_taken() -> None:

@@ -118,7 +118,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         out, err = failing.communicate(timeout=240)
         until("all jobs end", lambda: all(cluster.state(ids[name]) in ENDED for name in INTERRUPTIONS), 240)
         local = submitit.LocalJob(folder / "unbroken" / "slurm", ids["unbroken"], [0, 1])
-        until("the unbroken run ends", lambda: len(submit.results(local)) == 2, 240)
+        until("the unbroken run ends", lambda: len(submit.read_results(local)) == 2, 240)
         yield Jobs(cluster, folder, ids, subprocess.CompletedProcess((), failing.returncode, out, err))
 
 
@@ -174,7 +174,7 @@ def test_a_signal_requeues_once_through_submitit(jobs: Jobs) -> None:
 def test_the_submitter_waits_through_a_requeue(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
     job = submitit.SlurmJob(jobs.folder / "signalled" / "slurm", jobs.ids["signalled"], [0, 1])
     assert submit.wait(job) == 0
-    assert submit.results(job) == {0: ("success", 0), 1: ("success", 0)}
+    assert submit.read_results(job) == {0: ("success", 0), 1: ("success", 0)}
 
 
 def test_a_failing_ranks_traceback_reaches_the_submitter(jobs: Jobs) -> None:

@@ -303,6 +303,13 @@ def test_the_rank_that_broke_is_shown_not_those_that_lost_it(
     assert lines[1:] == ["Traceback", "KeyError: 'x'"]
 
 
+def test_a_long_traceback_is_shown_from_its_beginning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = [f"  frame {i}" for i in range(2 * submit.TAIL)]
+    error = "\n".join(["Traceback (most recent call last):", *chain, "KeyError: 'cause'", "RuntimeError: 'effect'"])
+    assert submit.wait(ended(tmp_path, {0: f"what came before\n{error}\n", 1: ""}, {})) == 1
+    assert capsys.readouterr().err.splitlines()[1:] == error.splitlines()
+
+
 def test_an_error_that_main_has_explained_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     explained = (
         "main.py: error: data not found\nsubmitit ERROR (now) - triggered an exception\nTraceback\nRunFailed: 2\n"

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny import PATCHES, SIZES, block_inputs, identity_blocks, images, ours, randomise, timm_vit
+from tiny import PATCHES, SIZES, block_inputs, every_method, identity_blocks, images, ours, randomise, timm_vit
 from torch import Tensor, nn
 
 from models import MergeConfig, MergingViT, UserError, apply_merging, create_model, merge_by_map, unmerge
@@ -725,27 +725,14 @@ def test_unsupported_models_are_named(vit: Any, named: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-MCTF = {"method": "mctf", "r": 3, "min_tokens": 4}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "merge",
-    [
-        pytest.param({"r": 3}, id="tome"),
-        pytest.param(MCTF, id="mctf"),
-        pytest.param(MCTF | {"pooling": "max"}, id="mctf-max"),
-        pytest.param(MCTF | {"one_step_ahead": "off"}, id="mctf-off"),
-        pytest.param(MCTF | {"one_step_ahead": "precise"}, id="mctf-precise"),
-        pytest.param({"method": "lgtm", "r": 2, "dense_layers": 0, "global_layer": 0}, id="lgtm"),
-    ],
-)
+@pytest.mark.parametrize("merge", every_method())
 def test_all_tensors_are_made_on_the_device_of_the_model(
-    merge: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    merge: MergeConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The meta device stands for a GPU: an operator refuses to mix it with the CPU, and nothing can be read from it."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # meta has none
-    model = ours(MergeConfig(**merge), num_registers=2).to("meta", dtype)
+    model = ours(merge, num_registers=2).to("meta", dtype)
     out = model(torch.empty(4, 3, 32, 32, device="meta", dtype=dtype), trace=True)
     out.logits.float().sum().backward()
     assert out.group.is_meta and out.size.dtype == torch.float32 and out.logits.dtype == dtype

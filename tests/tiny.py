@@ -3,12 +3,14 @@
 import math
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
 from models import MergeConfig, MergingViT, apply_merging
-from models.blocks import Candidates
+from models.blocks import ONE_STEP_AHEAD, Candidates
+from models.methods import METHODS
 from models.schedule import BlockPlan
 from models.tokens import Tokens
 
@@ -112,3 +114,27 @@ def candidates(
     local = state.pop("local", 0)
     tokens = Tokens(x, size, prefix, **({"grid": (1, x.shape[1] - prefix), "carried": {}} | state))
     return Candidates(tokens, BlockPlan(layer, depth, r, local), keys, score)
+
+
+def every_method(r: int = 3, depth: int = 3, choices: bool = True) -> list[Any]:
+    """pytest parameters: for every method a config that merges in all blocks of a tiny model.
+
+    Args:
+        choices: also one config for every other choice of a setting (poolings, one step ahead); else only for those
+            that change where in the block tokens merge, or how an attention map does.
+    """
+    parameters = []
+    for name, method in METHODS.items():
+        if name == "none":
+            continue
+        settings = {knob.name: 0 for knob in method.knobs().values() if knob.is_layer} | {"min_tokens": 4}
+        others = [(knob.name, choice) for knob in method.knobs().values() for choice in knob.choices]
+        for setting, choice in [("prop_attn", True), *others]:
+            config = MergeConfig(name, r, tuple(range(depth)), **settings, **{setting: choice})
+            is_default = choice == method.knobs()[setting].default
+            max_map = config.pooling == "max" and method().place() is ONE_STEP_AHEAD
+            if setting == "prop_attn":
+                parameters.append(pytest.param(config, id=name))
+            elif not is_default and (choices or max_map or config.rule.place() is not method().place()):
+                parameters.append(pytest.param(config, id=f"{name}-{setting}={choice}"))
+    return parameters
