@@ -18,7 +18,7 @@ import torch
 
 from models import UserError
 
-from . import pictures
+from . import merged_tokens
 from .html import EmbeddedPng, Section, Table, render
 
 if TYPE_CHECKING:
@@ -398,8 +398,8 @@ def _draw_merged(args: Namespace, models: Sequence["Loaded"], folder: Path) -> N
     for loaded in merging:
         images, shown = Images(args, loaded, title="merged tokens", limit=args.show).load()
         looks = torch.from_numpy(shown).permute(0, 3, 1, 2)
-        result = pictures.measure(loaded.model, images, pictures=looks, label=loaded.label)
-        pictures.draw(result).save(folder / f"merged_{loaded.slug}.png")
+        result = merged_tokens.measure(loaded.model, images, pictures=looks, label=loaded.label)
+        merged_tokens.draw(result).save(folder / f"merged_{loaded.slug}.png")
 
 
 def _read(file: Path) -> dict[str, Any]:
