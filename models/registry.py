@@ -177,7 +177,7 @@ def quick_when_offline() -> Iterator[None]:
 
 
 def _is_network_error(error: BaseException | None) -> bool:
-    """Whether a hub client's error comes from a missing connection, however it is wrapped."""
+    """True if a hub client's error comes from a missing connection, however it is wrapped."""
     while error is not None:
         if isinstance(error, (OSError, ConnectionError, TimeoutError)) or "offline" in str(error).lower():
             return True

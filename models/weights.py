@@ -376,7 +376,7 @@ def _slots(weights: Mapping[str, Tensor]) -> list[Slot]:
 
 
 def _count_entries(length: int, patches: int, weights: Mapping[str, Tensor]) -> int | None:
-    """How many prefix tokens of a checkpoint have a position entry: so many that the rest is a grid of patches."""
+    """Count the prefix tokens of a checkpoint that have a position entry: what is left must be a grid of patches."""
     tokens = [sum(slot[0] in _PREFIX_TOKENS[:types] for slot in _slots(weights)) for types in range(4)]
     return next((n for n in tokens if length - n in (patches, math.isqrt(max(0, length - n)) ** 2)), None)
 
