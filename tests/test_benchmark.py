@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import block_inputs, images, ours, randomise
+from tiny import block_inputs, every_method, images, ours, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.ideal import ideal_model
@@ -20,21 +20,9 @@ CPU = torch.device("cpu")
 TINY = ["--models", "deit_digits", "--r", "8", "--batch_sizes", "2", "--device", "cpu", "--rounds", "3"]
 
 
-@pytest.mark.parametrize(
-    "merge",
-    [
-        {"method": "none"},
-        {"r": 3},
-        {"method": "mctf", "r": 3, "min_tokens": 4},
-        {"method": "mctf", "r": 3, "min_tokens": 4, "one_step_ahead": "off"},
-        {"method": "mctf", "r": 3, "min_tokens": 4, "one_step_ahead": "precise"},
-        {"method": "mctf", "r": 3, "min_tokens": 4, "pooling": "max"},
-        {"method": "lgtm", "r": 1, "dense_layers": 0, "global_layer": 1},
-    ],
-    ids=lambda merge: "-".join(str(value) for value in merge.values()),
-)
-def test_ideal_has_the_same_tokens_per_block_and_shares_the_weights(merge: dict[str, Any]) -> None:
-    model = ours(MergeConfig(**merge), num_registers=2, register_layer=1)
+@pytest.mark.parametrize("merge", [pytest.param(MergeConfig("none"), id="none"), *every_method()])
+def test_ideal_has_the_same_tokens_per_block_and_shares_the_weights(merge: MergeConfig) -> None:
+    model = ours(merge, num_registers=2, register_layer=1)
     ideal = ideal_model(model)
     x = images(2)
     assert [x.shape for x in block_inputs(ideal, x)] == [x.shape for x in block_inputs(model, x)]

@@ -7,6 +7,7 @@ sees the packages of the one that runs the tests, and its list of requirements i
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def call(*command: object, cwd: Path, **environment: str) -> str:
     """The output of a command that succeeds."""
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=200)
+    settings = clean | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(words, cwd=cwd, env=settings, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -114,11 +116,17 @@ def test_the_installed_library_works_without_the_checkout(environment: Path, tmp
     assert shown.splitlines() == [f"{models.__version__} (1, 10) 41", ""]
 
 
+def test_the_readmes_python_runs_where_the_library_is_installed(environment: Path, tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = code.replace("pretrained=True", "pretrained=False")  # weights come from a network
+    call(environment / "bin" / "python", "-c", f"{code}\nassert out.group.shape == (2, 196)", cwd=tmp_path)
+
+
 def test_the_promised_line_runs_as_typed(environment: Path, project: Path, tmp_path: Path) -> None:
     line = "torchrun --nproc_per_node=2 main.py --model deit_digits --r 4 --num_registers 4 --dataset DIGITS --epochs 1"
     line += f" --limit 64 --batch_size 16 --device cpu --output_dir '{tmp_path}'"
     path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    shown = call("bash", "-c", line, cwd=project, PATH=path, OMP_NUM_THREADS="1")
+    shown = call("bash", "-c", line, cwd=project, PATH=path)
     assert "r=4" in shown and (tmp_path / "checkpoint.pth").is_file()
 
 
