@@ -63,9 +63,13 @@ def previous_path(path: str | Path) -> Path:
 def save_checkpoint(path: str | Path, state: Mapping[str, Any], keep_previous: bool = True) -> None:
     """Write a checkpoint so that at every instant a whole one is on the disk; only rank 0 calls this.
 
-    Keys of a run's checkpoint: model, model_ema, optimizer, lr_scheduler, scaler, epoch, step, rng, sampler, merge,
-    args, best; tensors and plain values only. The one before is kept at `previous_path(path)`. Raises RunError when
-    the disk is full or fails; the files from before are then unchanged.
+    Args:
+        state: tensors and plain values only. A run's has the keys model, model_ema, optimizer, lr_scheduler, scaler,
+            epoch, step, rng, sampler, epoch_log, merge, args, best.
+        keep_previous: keep the checkpoint before at `previous_path(path)`.
+
+    Raises:
+        RunError: the disk is full or fails; the files from before are unchanged.
     """
     path = Path(path)
     rename = _rotate if keep_previous and path.exists() else os.replace
@@ -94,9 +98,12 @@ def _rotate(new: Path, path: Path) -> None:
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a .pth (also of DeiT, MCTF and torch < 1.6) or .safetensors file or URL; runs no code from it.
 
-    A bare state dict, as safetensors holds, comes back as {"model": state}. Raises UserError in one line: missing,
-    unreadable, or objects other than tensors and plain values (named); DamagedCheckpoint: empty, torn, altered
-    (each part's checksum is compared) or not a checkpoint.
+    Returns:
+        The named contents; a bare state dict, as safetensors holds, comes back as {"model": state}.
+
+    Raises:
+        UserError: it is missing, unreadable, or holds objects other than tensors and plain values (named).
+        DamagedCheckpoint: it is empty, torn, altered (each part's checksum is compared) or not a checkpoint.
     """
     file = _download(str(path)) if _is_url(path) else Path(path).expanduser()
     start = _read_start(file)

@@ -440,11 +440,13 @@ def _wds_classes(folder: Path) -> tuple[str, ...]:
 
 
 class DatasetInfo(NamedTuple):
-    """How one data set is opened, and what a user who does not have it needs to know."""
+    """The function that opens a data set, and what a user who does not have it needs to know."""
 
     open: Callable[[Namespace, Path, int], Splits]  # of the arguments, the folder of the data and the input size
     tree: str = ""  # files that are expected; {0} is the folder
     get: str = ""
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std, in place of the model's
+    whole: bool = False  # whether a crop would cut off what an image shows
 
 
 _TREE = "{0}/train/CLASS/*.JPEG and {0}/val/CLASS/*.JPEG (--eval needs val only)"
@@ -468,7 +470,7 @@ DATASETS = {
         "{0}/train*.tar and {0}/val*.tar, or a pattern like shards/{{split}}-*.tar",
         "write them with webdataset's TarWriter (jpg and cls members)",
     ),
-    "DIGITS": DatasetInfo(_digits),
+    "DIGITS": DatasetInfo(_digits, normalisation=(DIGITS_MEAN, DIGITS_STD), whole=True),
 }
 
 
@@ -663,7 +665,8 @@ class Data:
 
 def with_own_normalisation(config: DataConfig, dataset: str) -> DataConfig:
     """Return a model's preprocessing with the mean and std of a data set for which no weights are published."""
-    return replace(config, mean=DIGITS_MEAN, std=DIGITS_STD) if dataset == "DIGITS" else config
+    normalisation = DATASETS[dataset].normalisation
+    return config if normalisation is None else replace(config, mean=normalisation[0], std=normalisation[1])
 
 
 def build_data(args: Namespace, config: DataConfig) -> Data:
@@ -672,7 +675,7 @@ def build_data(args: Namespace, config: DataConfig) -> Data:
     Raises:
         UserError: the data set is missing, odd or empty.
     """
-    config, whole = with_own_normalisation(config, args.dataset), args.dataset == "DIGITS"
+    config, whole = with_own_normalisation(config, args.dataset), DATASETS[args.dataset].whole
     splits = open_splits(args, config.input_size)
     train = None
     if splits.train is not None:
@@ -686,7 +689,7 @@ def build_data(args: Namespace, config: DataConfig) -> Data:
 
 
 def _limited(source: Source, split: str, args: Namespace) -> range:
-    """Every so-manieth image, so that at most --limit are left and all classes keep their share."""
+    """Return the indices of a split: with --limit N, every ceil(len/N)-th, so that all classes keep their share."""
     n = len(source.labels)
     if n == 0:
         raise missing_data(args, f"the {split} split of {data_root(args)} has no image")
@@ -723,7 +726,7 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
         return self._batches(self.epoch, self.start)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Indices of an epoch in global order, as many as its steps need over all ranks."""
+        """Return the indices of an epoch in global order, as many as its steps need over all ranks."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order = torch.randperm(self.n, generator=generator).numpy().repeat(self.repeats)[: self.length]
         return np.resize(order, self.steps * self.batch_size * self.world)  # cuts, or repeats a short one

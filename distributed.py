@@ -134,15 +134,15 @@ def _cuda_device(asked: torch.device, launch: LaunchInfo) -> torch.device:
 def _pick_device(name: str | None, launch: LaunchInfo) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (":" in name and not index.isdecimal()):
+    device_type, _, index = name.partition(":")
+    if device_type not in ("cpu", "cuda", "mps") or (":" in name and not index.isdecimal()):
         raise UserError(nearest(name, ("cpu", "cuda", "cuda:N", "mps"), "--device"))
-    if kind == "cuda":
+    if device_type == "cuda":
         return _cuda_device(torch.device(name), launch)
-    if kind == "mps" and (launch.world > 1 or not torch.backends.mps.is_available()):
+    if device_type == "mps" and (launch.world > 1 or not torch.backends.mps.is_available()):
         why = "cannot be shared by several processes" if launch.world > 1 else "is not available here"
         raise UserError(f"--device mps {why}; use --device cpu")
-    return torch.device(kind)
+    return torch.device(device_type)
 
 
 def _timeout() -> timedelta:

@@ -65,7 +65,7 @@ class EpochLog:
     seconds: float = 0.0
 
     def means(self) -> dict[str, float]:
-        """Mean of every part over the samples, in the order in which the objective gave them."""
+        """Return the mean of every part over the samples, in the order in which the objective gave them."""
         return {name: total / max(self.samples, 1) for name, total in self.sums.items()}
 
 
@@ -198,7 +198,7 @@ class Learner:
             self.scheduler.step(epoch + 1, accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, under the names of DeiT's checkpoints."""
+        """Return tensors and plain values, under the names of DeiT's checkpoints."""
         return {
             "model": self.module.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,

@@ -4,69 +4,40 @@
     merge = torch.hub.load(REPOSITORY, "MergeConfig", r=16)
     model = torch.hub.load(REPOSITORY, "deit_small", num_registers=4, merge=merge, pretrained=True)
 
-Keywords are those of `models.create_model`. Names with an underscore are none of torch.hub's entries.
+Keywords are those of `models.create_model`. torch.hub lists every function here.
 """
 
-from typing import Any as _Any
-
-from models import MergeConfig as MergeConfig  # the form of an import that others may use
-from models import MergingViT as _MergingViT
-from models import create_model
-from models.exporting import load_folder as load_folder
+from models import MergeConfig, create_model
+from models.export import load_folder
+from models.registry import (
+    deit3_base,
+    deit3_large,
+    deit3_medium,
+    deit3_small,
+    deit_base,
+    deit_base_distilled,
+    deit_digits,
+    deit_small,
+    deit_small_distilled,
+    deit_tiny,
+    deit_tiny_distilled,
+)
 
 dependencies = ["torch", "timm"]
-
-
-def deit_tiny(**options: _Any) -> _MergingViT:
-    """RegToMe's deit_tiny: DeiT-Ti, 224 px."""
-    return create_model("deit_tiny", **options)
-
-
-def deit_small(**options: _Any) -> _MergingViT:
-    """RegToMe's deit_small: DeiT-S, 224 px."""
-    return create_model("deit_small", **options)
-
-
-def deit_base(**options: _Any) -> _MergingViT:
-    """RegToMe's deit_base: DeiT-B, 224 px."""
-    return create_model("deit_base", **options)
-
-
-def deit_tiny_distilled(**options: _Any) -> _MergingViT:
-    """RegToMe's deit_tiny_distilled: DeiT-Ti with the distillation token."""
-    return create_model("deit_tiny_distilled", **options)
-
-
-def deit_small_distilled(**options: _Any) -> _MergingViT:
-    """RegToMe's deit_small_distilled: DeiT-S with the distillation token."""
-    return create_model("deit_small_distilled", **options)
-
-
-def deit_base_distilled(**options: _Any) -> _MergingViT:
-    """RegToMe's deit_base_distilled: DeiT-B with the distillation token."""
-    return create_model("deit_base_distilled", **options)
-
-
-def deit3_small(**options: _Any) -> _MergingViT:
-    """RegToMe's deit3_small: DeiT-III-S."""
-    return create_model("deit3_small", **options)
-
-
-def deit3_medium(**options: _Any) -> _MergingViT:
-    """RegToMe's deit3_medium: DeiT-III-M."""
-    return create_model("deit3_medium", **options)
-
-
-def deit3_base(**options: _Any) -> _MergingViT:
-    """RegToMe's deit3_base: DeiT-III-B."""
-    return create_model("deit3_base", **options)
-
-
-def deit3_large(**options: _Any) -> _MergingViT:
-    """RegToMe's deit3_large: DeiT-III-L."""
-    return create_model("deit3_large", **options)
-
-
-def deit_digits(**options: _Any) -> _MergingViT:
-    """RegToMe's deit_digits: The toy: 32 px, 64 patches, 6 blocks, 10 classes."""
-    return create_model("deit_digits", **options)
+__all__ = [
+    "MergeConfig",
+    "create_model",
+    "deit3_base",
+    "deit3_large",
+    "deit3_medium",
+    "deit3_small",
+    "deit_base",
+    "deit_base_distilled",
+    "deit_digits",
+    "deit_small",
+    "deit_small_distilled",
+    "deit_tiny",
+    "deit_tiny_distilled",
+    "dependencies",
+    "load_folder",
+]

@@ -39,7 +39,7 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the nearest flag for an unknown one."""
+    """An argparse parser whose errors are one line, with the nearest flag for an unknown one."""
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help")
@@ -63,17 +63,20 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def defaults(self) -> dict[str, Any]:
-        """The values of an empty command line."""
+        """Return the values of an empty command line."""
         return vars(self.parse([]))
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The values of the flags that a command line names, and of no others."""
+        """Return the values of the flags that a command line names, and of no others.
+
+        argparse gives a flag its default only where the namespace that it fills has no value yet.
+        """
         unset = object()
         args = self.parse(argv, Namespace(**dict.fromkeys(self.defaults(), unset)))
         return {name: value for name, value in vars(args).items() if value is not unset}
 
     def spellings(self) -> dict[str, argparse.Action]:
-        """Every spelling of every flag; argparse has no public list of its actions, hence the private one."""
+        """Return every spelling of every flag; argparse has no public list of its actions, hence the private one."""
         return {text: action for action in self._actions for text in action.option_strings if text.startswith("--")}
 
 
@@ -122,7 +125,7 @@ unit_interval_below_one = Number(float, 0, 1 - 1e-9)
 
 
 def finite_number(text: str) -> int | float:
-    """An int where the text is one, else a float."""
+    """Parse an int where the text is one, else a float."""
     try:
         value = int(text) if text.strip().lstrip("+-").isdigit() else float(text)
     except ValueError:
@@ -133,7 +136,7 @@ def finite_number(text: str) -> int | float:
 
 
 def block_list(text: str) -> tuple[int, ...]:
-    """Indices of blocks: 1,2,11 or [1,2,11]."""
+    """Parse indices of blocks: 1,2,11 or [1,2,11]."""
     try:
         return tuple(int(item) for item in text.strip("[]() ").split(",") if item.strip())
     except ValueError:
@@ -184,7 +187,7 @@ def _model_flags(parser: Parser) -> None:
 
 
 def _merging_flags(parser: Parser) -> None:
-    """The schedule, and every setting of every method: those of `models/methods` become flags of their names."""
+    """Add the schedule, and a flag for every setting of every method in `models/methods`."""
     group = parser.add_argument_group("merging (settings default to the method's published values)")
     group.add_argument("--merge", choices=tuple(METHODS), help="default: tome if --r or --r_evals is given")
     group.add_argument("--r", metavar="R", help="tokens per block: 16, ratio 0.35, list 16,0,8 or '(16,-1)'")
@@ -326,7 +329,7 @@ INFERENCE_GROUPS = ("general", "data", "model", "merging")  # what a model and i
 
 
 def build_parser() -> Parser:
-    """Every flag, grouped; underscores here, hyphens work too."""
+    """Build the parser of every flag, in groups; flags are spelled with underscores here, hyphens work too."""
     parser = Parser(
         prog="main.py",
         description=DESCRIPTION,
@@ -340,7 +343,7 @@ def build_parser() -> Parser:
 
 
 def flags_of(*groups: str) -> frozenset[str]:
-    """Names of the flags of some of the groups in `FLAG_GROUPS`."""
+    """Return the names of the flags of some of the groups in `FLAG_GROUPS`."""
     parser = Parser()
     for group in groups:
         FLAG_GROUPS[group](parser)
@@ -368,18 +371,22 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 
 
 def given_flags(argv: Sequence[str]) -> frozenset[str]:
-    """Names of the flags that a command line of main.py, or its --config file, sets."""
+    """Return the names of the flags that a command line of main.py, or its --config file, sets."""
     return frozenset(_given(build_parser(), named_flags(argv)))
 
 
 def _given(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
-    """The values that the command line sets, and its --config file where the command line does not."""
+    """Return the values that the command line sets, and those of its --config file where the command line is silent."""
     given = parser.given(argv)
     return (read_config(given["config"], parser) if given.get("config") else {}) | given
 
 
 def read_config(path: str, parser: Parser) -> dict[str, Any]:
-    """The values of a yaml file; they pass the same checks as those of a command line."""
+    """Return the values of a yaml file; they pass the same checks as those of a command line.
+
+    Raises:
+        UserError: the file cannot be read, or holds a key or value that no flag takes.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -404,7 +411,7 @@ def read_config(path: str, parser: Parser) -> dict[str, Any]:
 
 
 def _config_tokens(name: str, value: Any, several: bool) -> list[str]:
-    """One line of the file as on a command line; a list is joined by commas where the flag takes one value."""
+    """Write a line of the file as on a command line; a list is joined by commas where the flag takes one value."""
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no_{name}"]
     if isinstance(value, list) and several:
@@ -418,10 +425,10 @@ def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> Merge
     Args:
         stored: `MergeConfig.as_dict()` of a checkpoint.
     """
-    given = {name: getattr(args, name) for name in all_knobs() if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in all_knobs() if getattr(args, name) is not None}
     if args.activate_layer is not None:
-        given["activate_layers"] = args.activate_layer
-    asks = args.merge is not None or args.r is not None or bool(given)
+        settings["activate_layers"] = args.activate_layer
+    asks = args.merge is not None or args.r is not None or bool(settings)
     if stored is not None and not asks and not (stored["method"] == "none" and args.r_evals):
         return MergeConfig.from_dict(stored)
     evaluated = [r for r in args.r_evals or () if parse_schedule(r) != 0]
@@ -429,7 +436,7 @@ def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> Merge
     if method != "none" and args.r is None and not args.r_evals:
         raise UserError(f"--merge {method} merges nothing without an amount; give --r, for instance --r 16")
     r = args.r if args.r is not None else evaluated[0] if evaluated and method != "none" else 0
-    return MergeConfig(method=method, r=r, **given)
+    return MergeConfig(method=method, r=r, **settings)
 
 
 # Rules between flags
@@ -539,7 +546,7 @@ def named_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _number_list(flag: str, text: str, least: int, most: int) -> list[int | float]:
-    """[16,8,0.4] -> numbers."""
+    """Parse a list such as [16,8,0.4]."""
     try:
         values = [finite_number(item) for item in text.strip().strip("[]()").split(",") if item.strip()]
     except ArgumentTypeError:
@@ -575,7 +582,7 @@ def _method_flags(values: list[int | float], pairing: bool) -> list[str]:
 
 
 def _unpack_r_evals(tokens: list[str]) -> list[str]:
-    """--r_evals [8,16] -> --r_evals 8 16."""
+    """Rewrite --r_evals [8,16] as --r_evals 8 16."""
     unpacked: list[str] = []
     for before, token in zip(["", *tokens], tokens, strict=False):
         is_list = before == "--r_evals" and token.startswith("[")
@@ -589,9 +596,14 @@ def _unpack_r_evals(tokens: list[str]) -> list[str]:
 def exit_status(program: str, run: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run one command line and turn every way it may end into an exit status; all commands end here.
 
+    Args:
+        program: name in front of the error line.
+        run: does the work; its return value is the exit status, None is 0.
+        argv: None is the command line of this process.
+
     Returns:
-        What `run` returns (None: 0); 2 after the user's mistake and 1 after a run that cannot go on, each told in one
-        line on stderr; 130 after Ctrl-C.
+        The status of `run`; 2 after the user's mistake and 1 after a run that cannot go on, each told in one line on
+        stderr; 130 after Ctrl-C.
     """
     try:
         return run(sys.argv[1:] if argv is None else list(argv)) or 0

@@ -26,7 +26,7 @@ from models import MergingViT, UserError
 from models.merging import group_map, merge_by_map
 
 from . import charts
-from .inputs import Images, as_list, batches, evaluation
+from .inputs import ImageBatches, as_list, batches, evaluation
 from .walk import Layer, attention, check_layer, in_parts, per_patch, walk
 
 METRICS = ("entropy", "top_patch", "top_2_percent")
@@ -155,7 +155,7 @@ class AttentionResult:
 
 
 @torch.no_grad()
-def measure(model: VisionTransformer, images: Images, *, label: str = "model") -> AttentionResult:
+def measure(model: VisionTransformer, images: ImageBatches, *, label: str = "model") -> AttentionResult:
     """Measure where attention goes and how concentrated it is, in all blocks and heads.
 
     Args:

@@ -13,7 +13,7 @@ from models import MergeConfig, MergingViT, apply_merging
 BATCH_SIZE = 16  # images of a tensor that are run at once: maps of attention are large
 
 # (B,3,H,W), or batches of them: tensors, or tuples that begin with one, as a DataLoader yields them
-Images = Tensor | Iterable[Any]
+ImageBatches = Tensor | Iterable[Any]
 Result = TypeVar("Result")
 
 
@@ -36,7 +36,7 @@ def evaluation(model: VisionTransformer) -> Iterator[MergingViT]:
         wrapped.train(training)
 
 
-def batches(images: Images, model: MergingViT) -> Iterator[Tensor]:
+def batches(images: ImageBatches, model: MergingViT) -> Iterator[Tensor]:
     """Yield batches (B,3,H,W) on the model's device; a single tensor is split into batches of 16.
 
     Where an instrument passes over the images several times it iterates `images` as often: give it a list or a

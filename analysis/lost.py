@@ -27,7 +27,7 @@ from models.errors import UserError
 from models.vit import MergingViT
 
 from . import charts
-from .inputs import Images, as_list, evaluation
+from .inputs import ImageBatches, as_list, evaluation
 from .panels import stretch
 from .walk import Layer, allow_any_size, attention, check_layer, per_patch, qkv, to_grid, walk
 
@@ -311,7 +311,7 @@ class LostResult:
 
 def measure(
     model: VisionTransformer,
-    images: Images | Iterable[Scene],
+    images: ImageBatches | Iterable[Scene],
     *,
     setting: LostSetting = PRESETS["lost-original"],
     head: int | None = None,
@@ -325,7 +325,7 @@ def measure(
 
     Args:
         model: for images of other sizes than its own, give it `walk.allow_any_size` first.
-        images: see `inputs.Images`; or `Scene`s, with objects (for CorLoc), names and pictures.
+        images: see `inputs.ImageBatches`; or `Scene`s, with objects (for CorLoc), names and pictures.
         head: of DINO-seg, the baseline; None: the published one, or the mean where there are fewer heads.
         sweep: also measure the last 4 blocks with k, q, v and biases from 0 to -1, where objects are known.
         show: images at most that are kept to be drawn, namely
@@ -362,7 +362,7 @@ def check_setting(model: MergingViT, setting: LostSetting, head: int | None, lab
         raise UserError(f"--head is {head}, but {label} has heads 0..{heads - 1}")
 
 
-def _scenes(images: Images | Iterable[Scene]) -> Iterator[Scene]:
+def _scenes(images: ImageBatches | Iterable[Scene]) -> Iterator[Scene]:
     for item in [images] if isinstance(images, Tensor) else images:
         if isinstance(item, Scene):
             yield item

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from models import UserError
 
 from . import charts
-from .inputs import Images, as_list, batches, evaluation
+from .inputs import ImageBatches, as_list, batches, evaluation
 from .outliers import DEFAULT_RULE, Histogram, Rule, bimodality, bin_edges, norms
 from .walk import Layer, check_layer, final, layer_at, to_grid, walk
 
@@ -78,7 +78,7 @@ class NormResult:
 @torch.no_grad()
 def measure(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     *,
     layer: int = -1,
     label: str = "model",
@@ -140,7 +140,7 @@ def _count(result: NormResult, stage: int, lengths: torch.Tensor, layer: Layer) 
 
 
 @torch.no_grad()
-def norm_maps(model: VisionTransformer, images: Images, *, layer: int = -1) -> np.ndarray:
+def norm_maps(model: VisionTransformer, images: ImageBatches, *, layer: int = -1) -> np.ndarray:
     """Norms of the patch tokens after a block, for a few images (K,3,H,W): (K,gh,gw)."""
     maps = []
     with evaluation(model) as model:
@@ -343,10 +343,10 @@ def draw_images(
     maps = [maps] if isinstance(maps, np.ndarray) else maps
     cut = rule.cut(results[0].judged)
     cells = [[charts.image_cell(picture)] for picture in pictures]
-    for result, norm_maps_ in zip(results, maps, strict=True):
+    for result, of_model in zip(results, maps, strict=True):
         median = result.judged.quantile(0.5)
         limits = (result.judged.quantile(0.001), max(result.judged.quantile(0.995), median * 1.2))
-        for row, values in zip(cells, norm_maps_, strict=True):
+        for row, values in zip(cells, of_model, strict=True):
             row.append(charts.map_cell(values, limits, values > cut))
     note = f"norm of patch tokens after block {results[0].layer}; red: above the shared cut"
     return charts.picture_table(cells, ["input", *(result.label for result in results)], note=note)

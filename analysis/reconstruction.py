@@ -27,7 +27,7 @@ from models.errors import UserError
 from models.vit import MergingViT
 
 from . import charts
-from .inputs import Images, as_list, batches, evaluation
+from .inputs import ImageBatches, as_list, batches, evaluation
 from .outliers import DEFAULT_RULE, Histogram, Rule
 from .probing import (
     BATCH,
@@ -135,7 +135,7 @@ class ReconstructionResult:
 
 def measure(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     *,
     feature: str = "prenorm",
     probe: str = "linear",
@@ -150,7 +150,7 @@ def measure(
     """Train both probes on half of the images and test them on the other half. One pass over the images.
 
     Args:
-        images: see `inputs.Images`; at least 8. Features and images go through a temporary file.
+        images: see `inputs.ImageBatches`; at least 8. Features and images go through a temporary file.
         feature: what the probes read, see `Feature`.
         probe: of the pixels: "linear" is solved exactly, "mlp" is trained.
         target: "raw" pixels as the model sees them, or "standardised" per patch.
@@ -267,7 +267,7 @@ class Reconstructions:
 
 
 @torch.no_grad()
-def reconstruct(model: VisionTransformer, images: Images, result: ReconstructionResult) -> Reconstructions:
+def reconstruct(model: VisionTransformer, images: ImageBatches, result: ReconstructionResult) -> Reconstructions:
     """Decode images (B,3,H,W) from their tokens; standardised patches get their own mean and contrast back."""
     parts = []
     with evaluation(model) as vit:

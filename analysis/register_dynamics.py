@@ -34,7 +34,7 @@ from models.tokens import Tokens
 from models.vit import MergingViT, apply_merging
 
 from . import charts
-from .inputs import Images, as_list, batches, evaluation, labelled_batches
+from .inputs import ImageBatches, as_list, batches, evaluation, labelled_batches
 
 if TYPE_CHECKING:
     from .command import Loaded
@@ -278,7 +278,7 @@ def _by_tome(model: MergingViT) -> MergeConfig:
 @torch.no_grad()
 def measure(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     *,
     registers: int | None = None,
     schedules: Sequence[str] = SCHEDULES,
@@ -289,7 +289,7 @@ def measure(
     """Run the unmerged model, and every rule under every schedule, in one pass over the images.
 
     Args:
-        images: see `inputs.Images`; with `labelled`, batches that begin with images and labels.
+        images: see `inputs.ImageBatches`; with `labelled`, batches that begin with images and labels.
         registers: R; None: those of the model. See `with_registers`.
         schedules: in any form of `MergeConfig.r`.
         rules: of `RULES`; "protected" is one of them.

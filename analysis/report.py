@@ -18,7 +18,7 @@ import torch
 
 from models import UserError
 
-from . import pictures
+from . import merged_tokens
 from .html import EmbeddedPng, Section, Table, render
 
 if TYPE_CHECKING:
@@ -397,10 +397,9 @@ def _draw_merged(args: Namespace, models: Sequence["Loaded"], folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for loaded in merging:
         images, shown = Images(args, loaded, title="merged tokens", limit=args.show).load()
-        result = pictures.measure(
-            loaded.model, images, pictures=torch.from_numpy(shown).permute(0, 3, 1, 2), label=loaded.label
-        )
-        pictures.draw(result).save(folder / f"merged_{loaded.slug}.png")
+        as_tensor = torch.from_numpy(shown).permute(0, 3, 1, 2)
+        result = merged_tokens.measure(loaded.model, images, pictures=as_tensor, label=loaded.label)
+        merged_tokens.draw(result).save(folder / f"merged_{loaded.slug}.png")
 
 
 def _read(file: Path) -> dict[str, Any]:

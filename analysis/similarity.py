@@ -25,7 +25,7 @@ from torch import Tensor
 from models import MergingViT, UserError
 
 from . import charts
-from .inputs import Images, as_list, batches, evaluation
+from .inputs import ImageBatches, as_list, batches, evaluation
 from .outliers import DEFAULT_RULE, Histogram, Rule, norms
 from .walk import Layer, attention, check_layer, final, layer_at, patch_grid, per_patch, to_grid, walk
 
@@ -221,7 +221,7 @@ class SimilarityResult:
 @torch.no_grad()
 def measure(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     *,
     layer: int = -1,
     rule: Rule = DEFAULT_RULE,
@@ -263,7 +263,7 @@ def measure(
     return result
 
 
-def _first_pass(model: MergingViT, images: Images, index: int) -> tuple[Histogram, Tensor, int]:
+def _first_pass(model: MergingViT, images: ImageBatches, index: int) -> tuple[Histogram, Tensor, int]:
     """Norms and mean (C,) of the patch tokens after a block, and the number of images."""
     histogram, number, tokens = Histogram(), 0, 0
     total = torch.zeros(model.embed_dim, dtype=torch.float64)

@@ -26,7 +26,7 @@ from models.errors import UserError
 from models.vit import MergingViT
 
 from . import charts
-from .inputs import Images, batches, evaluation, labelled_batches
+from .inputs import ImageBatches, batches, evaluation, labelled_batches
 from .outliers import Rule, bimodality, norms
 from .register_neurons import (
     Neuron,
@@ -71,7 +71,7 @@ class FoundNeurons:
 
 def find(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     *,
     outlier_rule: Rule = RULE,
     detection_layer: int = -1,
@@ -83,7 +83,7 @@ def find(
     """Rank the hidden units that are active at outlier patches. Two passes over the images.
 
     Args:
-        images: see `inputs.Images`; they are iterated twice.
+        images: see `inputs.ImageBatches`; they are iterated twice.
         outlier_rule: on the patch norms after block `detection_layer`.
         top_layer: the last block searched; None: where norms grow, see `NormTable.top_layer`.
         top_k: neurons that are kept.
@@ -144,9 +144,9 @@ class TokenMaps:
 
 
 def compare(
-    model: VisionTransformer, images: Images, neurons: Sequence[Neuron], *, detection_layer: int = -1
+    model: VisionTransformer, images: ImageBatches, neurons: Sequence[Neuron], *, detection_layer: int = -1
 ) -> TokenMaps:
-    """Map norms and class attention of images (see `inputs.Images`), with the neurons in place and moved."""
+    """Map norms and class attention of images (see `inputs.ImageBatches`), with the neurons in place and moved."""
     parts = []
     with evaluation(model) as vit:
         shifted = shift_neurons(vit, neurons)
@@ -252,7 +252,7 @@ class ShiftResult:
 
 def measure(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     neurons: Sequence[Neuron],
     cut: float,
     *,
@@ -267,7 +267,7 @@ def measure(
     Controls are the empty token alone and random neurons of the same blocks.
 
     Args:
-        images: see `inputs.Images`; with `labelled`, batches that begin with images and labels.
+        images: see `inputs.ImageBatches`; with `labelled`, batches that begin with images and labels.
         neurons: (block, hidden unit), best first.
         cut: the norm above which a patch is an outlier.
         top_k: how many of the neurons are moved, one variant each.

@@ -39,7 +39,7 @@ class BlockOutput(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Everything that a method may compare the tokens of a block by.
+    """The tokens of a block at the place of its merge, with everything that a method may compare them by.
 
     Attributes:
         tokens: the state at the place of the merge; `tokens.x` (B,N,C) is the residual stream there.
@@ -55,7 +55,7 @@ class Candidates(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What a merge leaves: the tokens, the merge itself, and the rows and weights that average any further tensor."""
+    """The outcome of a merge: tokens, the merge itself, and the rows and weights that average any further tensor."""
 
     tokens: Tokens
     merge: Merge | None
@@ -63,7 +63,7 @@ class Merged(NamedTuple):
 
 
 class BlockCall:
-    """One call of one block: its state and plan go in, what merged comes out. Every call has its own."""
+    """The state of one call of a block: tokens and plan go in, tokens and merge come out. Every call has its own."""
 
     def __init__(self, tokens: Tokens, plan: BlockPlan, rule: Method) -> None:
         self.tokens, self.plan, self.rule = tokens, plan, rule
@@ -71,7 +71,7 @@ class BlockCall:
 
 
 class Readout:
-    """What one call of an attention layer hands out beside its output."""
+    """Receives what a call of an attention layer computes beside its output."""
 
     def __init__(self, with_score: bool) -> None:
         self.with_score = with_score
@@ -356,7 +356,7 @@ def _linear_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether calling a layer is the same as multiplying by its weight: nn.Linear itself, without hooks of its own.
+    """True if calling a layer is the same as multiplying by its weight: nn.Linear itself, without hooks of its own.
 
     Hooks on all modules at once are left out: counters and profilers set them, to see what runs otherwise.
     """

@@ -1,4 +1,4 @@
-"""What merges, how much and where: `MergeConfig`."""
+"""`MergeConfig` says what merges, how much and where."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ from .schedule import Schedule, format_schedule, is_int, parse_schedule
 
 @dataclass(frozen=True, init=False)
 class MergeConfig:
-    """What merges, how much and where. Frozen and hashable; checked when it is built.
+    """A merging method with its settings, a schedule and the blocks that merge. Frozen, hashable, checked when built.
 
     The settings of the method are read as attributes of the config too: `config.prop_attn`, `config.tau_sim`. A setting
     that only other methods have is None.

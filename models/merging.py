@@ -196,7 +196,7 @@ def compose(first: Merge, second: Merge) -> Merge:
 
 
 def pool_tokens(x: Tensor, merge: Merge, weight: Tensor | None) -> Tensor:
-    """One token per group, (B,N,C) -> (B,M,C): the mean by weight (B,N), without a weight the maximum."""
+    """Pool every group into one token, (B,N,C) -> (B,M,C): the mean by weight (B,N), without a weight the maximum."""
     return max_tokens(x, merge) if weight is None else merge_tokens(x, merge, weight)
 
 

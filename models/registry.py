@@ -2,10 +2,9 @@
 
 import difflib
 import socket
-import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -120,34 +119,37 @@ def native_model(name: str, **options: Any) -> VisionTransformer:
 
 
 def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
+    """timm's model, or its class with the sizes of one of ours; errors are told in one line."""
     check_name(name)
     if options.get("num_classes", 0) < 0:
         raise UserError(f"num_classes must be an integer >= 0, not {options['num_classes']}")
+    if pretrained and name in OWN_SIZES:
+        raise UserError(f"{name} has no published weights: train it, or give --finetune FILE and --no_pretrained")
+    if pretrained and not timm.is_model_pretrained(timm_name(name)):
+        raise UserError(f"timm has no pretrained weights for {name}: give --finetune FILE and --no_pretrained")
     try:
         if name in OWN_SIZES:
-            if pretrained:
-                raise UserError(
-                    f"{name} has no published weights: train it, or give --finetune FILE and --no_pretrained"
-                )
             return VisionTransformer(**(OWN_SIZES[name] | options))
-        if pretrained and not timm.is_model_pretrained(timm_name(name)):
-            raise UserError(f"timm has no pretrained weights for {name}: give --finetune FILE and --no_pretrained")
         with quick_when_offline() if pretrained else nullcontext():
             return timm.create_model(timm_name(name), pretrained=pretrained, **options)  # type: ignore[return-value]
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
-        if not pretrained:
+    except Exception as error:  # of timm, torch and the hub client, which raise many types
+        explained = _explain(error, name, pretrained, options)
+        if explained is None:
             raise
-        if isinstance(error, RuntimeError) and not _is_network_error(error):
-            raise
-        raise UserError(
+        raise explained from error
+
+
+def _explain(error: Exception, name: str, pretrained: bool, options: dict[str, Any]) -> UserError | None:
+    """A mistake of the user or a missing network in one line; None for anything else, which keeps its traceback."""
+    if pretrained and (isinstance(error, OSError) or (isinstance(error, RuntimeError) and _is_network_error(error))):
+        return UserError(
             f"cannot get the pretrained weights of {name} ({type(error).__name__}); without a network give "
             "--finetune FILE (weights you have), or --no_pretrained to start from random weights"
-        ) from error
-    except UserError:
-        raise
-    except (AssertionError, ValueError) as error:
+        )
+    if isinstance(error, (AssertionError, ValueError)):
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        raise UserError(f"{name} cannot be built with {given}: {error}") from error
+        return UserError(f"{name} cannot be built with {given}: {error}")
+    return None
 
 
 def _check_size(name: str, vit: nn.Module, img_size: int | None) -> None:
@@ -175,7 +177,7 @@ def quick_when_offline() -> Iterator[None]:
 
 
 def _is_network_error(error: BaseException | None) -> bool:
-    """Whether a hub client's error comes from a missing connection, however it is wrapped."""
+    """True if a hub client's error comes from a missing connection, however it is wrapped."""
     while error is not None:
         if isinstance(error, (OSError, ConnectionError, TimeoutError)) or "offline" in str(error).lower():
             return True
@@ -183,20 +185,77 @@ def _is_network_error(error: BaseException | None) -> bool:
     return False
 
 
-def _register(name: str) -> None:
-    def entry(pretrained: bool = False, **kwargs: Any) -> MergingViT:
-        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            if kwargs.get(key) is None:
-                kwargs.pop(key, None)
-        return create_model(name, pretrained=pretrained, **kwargs)
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__module__ = __name__
-    entry.__doc__ = f"RegToMe's {name}: `create_model({name!r}, ...)`."
-    globals()[name] = register_model(entry)
+# Entry points: our names in timm's registry (`timm.create_model("deit_small")`) and, by hubconf.py, in torch.hub
 
 
-ENTRY_POINTS: dict[str, Callable[..., MergingViT]] = {}
-for _name in NAMES:
-    _register(_name)
-    ENTRY_POINTS[_name] = globals()[_name]
+def _entry(name: str, pretrained: bool, options: dict[str, Any]) -> MergingViT:
+    """`create_model` without the keywords that timm adds for its own models."""
+    added = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    options = {key: value for key, value in options.items() if key not in added or value is not None}
+    return create_model(name, pretrained=pretrained, **options)
+
+
+@register_model
+def deit_tiny(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit_tiny: DeiT-Ti (arXiv 2012.12877). Options: those of `create_model`."""
+    return _entry("deit_tiny", pretrained, options)
+
+
+@register_model
+def deit_small(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit_small: DeiT-S (arXiv 2012.12877). Options: those of `create_model`."""
+    return _entry("deit_small", pretrained, options)
+
+
+@register_model
+def deit_base(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit_base: DeiT-B (arXiv 2012.12877). Options: those of `create_model`."""
+    return _entry("deit_base", pretrained, options)
+
+
+@register_model
+def deit_tiny_distilled(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit_tiny_distilled: DeiT-Ti with a distillation token. Options: those of `create_model`."""
+    return _entry("deit_tiny_distilled", pretrained, options)
+
+
+@register_model
+def deit_small_distilled(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit_small_distilled: DeiT-S with a distillation token. Options: those of `create_model`."""
+    return _entry("deit_small_distilled", pretrained, options)
+
+
+@register_model
+def deit_base_distilled(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit_base_distilled: DeiT-B with a distillation token. Options: those of `create_model`."""
+    return _entry("deit_base_distilled", pretrained, options)
+
+
+@register_model
+def deit3_small(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit3_small: DeiT-III-S (arXiv 2204.07118). Options: those of `create_model`."""
+    return _entry("deit3_small", pretrained, options)
+
+
+@register_model
+def deit3_medium(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit3_medium: DeiT-III-M (arXiv 2204.07118). Options: those of `create_model`."""
+    return _entry("deit3_medium", pretrained, options)
+
+
+@register_model
+def deit3_base(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit3_base: DeiT-III-B (arXiv 2204.07118). Options: those of `create_model`."""
+    return _entry("deit3_base", pretrained, options)
+
+
+@register_model
+def deit3_large(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit3_large: DeiT-III-L (arXiv 2204.07118). Options: those of `create_model`."""
+    return _entry("deit3_large", pretrained, options)
+
+
+@register_model
+def deit_digits(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's deit_digits, the toy of 32 px and 64 patches. Options: those of `create_model`."""
+    return _entry("deit_digits", pretrained, options)

@@ -61,7 +61,12 @@ def _scatter_reduce(
 
 
 def _add_rows(batch: int, x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
-    """index_add over the flattened rows (B*M,C) of a batch, as one product of (M,r) and (r,C) per image."""
+    """index_add over the flattened rows (B*M,C) of a batch, as one product of (M,r) and (r,C) per image.
+
+    The core adds rows of all images by one index, for that is fastest. Its one-hot table would be (B*M, B*r), mostly
+    zeros between images; and B is symbolic in a graph with a dynamic batch. Rows per image are static: with the batch
+    of the example they follow from its length.
+    """
     if dim != 0 or x.ndim != 2:
         raise NotImplementedError(f"index_add over axis {dim} of {x.ndim} is not rewritten")
     rows = _hint(x.shape[0]) // batch
@@ -73,16 +78,27 @@ def _add_rows(batch: int, x: Tensor, dim: int, index: Tensor, source: Tensor, *,
 
 
 def _stable_argsort(x: Tensor, *, stable: bool | None = True, dim: int = -1, descending: bool = False) -> Tensor:
-    """Integers with their places as lower digits, which no two have in common."""
+    """Sort integers stably by an unstable sort: keys are made unique as key * N + position."""
     if x.is_floating_point() or dim not in (-1, x.ndim - 1):
         raise NotImplementedError("a stable sort of floats, or along another axis than the last, is not rewritten")
-    places = torch.arange(x.shape[-1], device=x.device)
-    unique = x.to(torch.int64) * x.shape[-1] + (-places if descending else places)
+    positions = torch.arange(x.shape[-1], device=x.device)
+    unique = x.to(torch.int64) * x.shape[-1] + (-positions if descending else positions)
     return unique.sort(dim=-1, descending=descending).indices
 
 
 def _hit(index: Tensor, size: int) -> Tensor:
-    """(...,K) -> (...,S,K): whether source k goes to destination s. Axes along which the index repeats get length 1."""
+    """The one-hot table of an index: (...,K) -> (...,S,K), true where source k goes to destination s.
+
+    For sources 0 1 2 that go to 2 0 2, of S = 4 destinations (rows):
+
+        0 1 0
+        0 0 0
+        1 0 1
+        0 0 0
+
+    so that a scattered sum is this table times the sources, and a scattered maximum one along its rows. An index that
+    `expand` repeats along an axis, as over channels, has stride 0 there: the table is made once, with length 1.
+    """
     for axis in range(index.ndim - 1):
         if index.stride(axis) == 0 and index.shape[axis] != 1:
             index = index.narrow(axis, 0, 1)

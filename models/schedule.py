@@ -26,7 +26,7 @@ Schedule = int | float | tuple[int, ...] | Inflection
 
 
 class BlockPlan(NamedTuple):
-    """What one block is to merge.
+    """The part of a schedule that one block is asked to follow.
 
     Attributes:
         layer, depth: which block of how many.
@@ -41,7 +41,7 @@ class BlockPlan(NamedTuple):
 
 
 class TokenPlan(NamedTuple):
-    """What a schedule comes to in one model: merged tokens and tokens left (prefix included), per block."""
+    """A schedule resolved for one model: per block the tokens that merge, and those that are left, prefix included."""
 
     merges: tuple[int, ...]
     counts: tuple[int, ...]
@@ -118,7 +118,7 @@ def static_int(value: int) -> int:
 
 
 def warn_if_clamped(config: MergeConfig, plan: TokenPlan, r: Schedule | None = None) -> None:
-    """One warning, with the tokens per block, where a schedule asks for more than there is to merge."""
+    """Warn once, with the tokens per block, where a schedule asks for more than there is to merge."""
     if plan.clamped:
         warnings.warn(
             f"r={format_schedule(config.r if r is None else r)} is more than some blocks can merge (half of the "
@@ -128,7 +128,7 @@ def warn_if_clamped(config: MergeConfig, plan: TokenPlan, r: Schedule | None = N
 
 
 def _counts_asked(r: Schedule, depth: int) -> Sequence[float]:
-    """One number per block: a count, or a ratio below 1."""
+    """Spell a schedule out: one number per block, a count or a ratio below 1."""
     if isinstance(r, Inflection):
         first = int(r.r * (1 - r.inflection))
         step = (2 * r.r - 2 * first) / (depth - 1) if depth > 1 else 0.0
@@ -175,10 +175,10 @@ def _number(text: str) -> float:
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is an integer; True and False are not."""
+    """True for an integer; False for booleans."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are not."""
+    """True for a finite number; False for booleans."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

@@ -1,4 +1,4 @@
-"""One forward over timm's own ViT blocks, with register tokens and token merging.
+"""timm's Vision Transformer with register tokens and token merging, and the one loop over its blocks.
 
 Shapes: B batch, N tokens in, M tokens out, n patches at the input, P prefix tokens, C channels, R registers.
 """
@@ -39,7 +39,7 @@ class MergeOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """One block of a forward: its input and output, and the merge in it (None: nothing merged)."""
+    """A block of a forward: its input and output, and the merge in it (None: nothing merged)."""
 
     plan: BlockPlan
     block: MergingBlock
@@ -189,7 +189,7 @@ class MergingViT(VisionTransformer):
         self.merge = merge
 
     def extra_repr(self) -> str:
-        """What merges, shown by `repr(model)`."""
+        """Method, schedule and registers, which `repr(model)` shows."""
         settings = {"method": self.merge.method, "r": self.merge.r, "num_registers": self.num_registers}
         return ", ".join(f"{name}={value}" for name, value in settings.items())
 
@@ -361,7 +361,7 @@ class MergingViT(VisionTransformer):
         return run_block(block, tokens, plan, rule)
 
     def enter(self, layer: int, tokens: Tokens) -> Tokens:
-        """Insert the prefix tokens whose layer this is, at their places in [class, distillation, registers]."""
+        """Insert the prefix tokens whose layer this is, at their positions in [class, distillation, registers]."""
         present, batch = tokens.num_prefix_tokens, tokens.x.shape[0]
         parts = [tokens.x[:, :present], tokens.x[:, present:]]
         entering = 0

@@ -31,7 +31,7 @@ _MAX_NAMED = 8
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_weights` did.
+    """The outcome of `load_weights`.
 
     Attributes:
         loaded: tensors taken from the checkpoint (also those taken in part).
@@ -160,17 +160,17 @@ def load_weights(
         because = "; ".join(fit.head_notes)
         raise UserError(f"{source} cannot be evaluated as {name}: {because}; choose the model and data it was made for")
     fit.check(source, name)
-    model.load_state_dict({key: fit.given.get(key, own) for key, own in fit.own.items()}, strict=True)
+    model.load_state_dict({key: fit.weights.get(key, fresh) for key, fresh in fit.expected.items()}, strict=True)
     return fit.report()
 
 
 @dataclass
 class _Fit:
-    """Work in progress of `load_weights`: `given` turns step by step into what `own` expects."""
+    """Work in progress of `load_weights`: `weights` turns step by step into what the model expects."""
 
     model: "MergingViT"
-    given: StateDict
-    own: StateDict
+    weights: StateDict  # of the checkpoint, in timm's names
+    expected: StateDict  # of the model
     fresh: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -178,42 +178,52 @@ class _Fit:
     head_notes: list[str] = field(default_factory=list)
 
     def positions(self) -> None:
-        """Resample the patch entries to the model's grid, and move prefix entries to where the model has them."""
-        pos, own = self.given.get("pos_embed"), self.own.get("pos_embed")
-        if pos is None or own is None or pos.ndim != 3:
+        """Resample the patch entries to the model's grid, and move prefix entries to where the model has them.
+
+        A position embedding is [entries of the first prefix tokens | entries of the patches], and how many prefix
+        tokens have one differs: timm's DeiT 1 or 2, DINOv2 with registers 1 (the registers have none), so150m all.
+        Token plus entry is what the first block sees, so that an entry may move into its token, and a zero entry
+        stand for none, without any change of what the model computes:
+
+            checkpoint has, model has      the entry is taken
+            checkpoint has, model has not  it is added to the token (`_fold`)
+            model has, checkpoint has not  zeros if the checkpoint has the token, else the model's fresh entry
+        """
+        pos, expected = self.weights.get("pos_embed"), self.expected.get("pos_embed")
+        if pos is None or expected is None or pos.ndim != 3:
             return
-        given_slots, own_slots = _slots(self.given), _slots(self.own)
-        entries = _count_entries(pos.shape[1], self.model.patch_embed.num_patches, self.given)
+        slots, model_slots = _slots(self.weights), _slots(self.expected)
+        entries = _count_entries(pos.shape[1], self.model.patch_embed.num_patches, self.weights)
         if entries is None:  # not a square grid of another size: `check` names the shapes
             return
-        pos = pos.to(own)
-        prefix = dict(zip(given_slots, pos[0, :entries], strict=False))
+        pos = pos.to(expected)
+        prefix = dict(zip(slots, pos[0, :entries], strict=False))
         rows = [
-            self._prefix_entry(slot, index, prefix, given_slots)
-            for index, slot in enumerate(own_slots[: self.model.num_pos_prefix])
+            self._prefix_entry(slot, index, prefix, slots)
+            for index, slot in enumerate(model_slots[: self.model.num_pos_prefix])
         ]
-        for slot, entry in prefix.items():
-            if slot in own_slots:
+        for slot, entry in prefix.items():  # those that `_prefix_entry` did not take
+            if slot in model_slots:
                 self._fold(slot, entry)
         patches = self._resampled(pos[:, entries:])
-        self.given["pos_embed"] = torch.cat([torch.stack(rows)[None], patches], dim=1) if rows else patches
+        self.weights["pos_embed"] = torch.cat([torch.stack(rows)[None], patches], dim=1) if rows else patches
 
-    def _prefix_entry(self, slot: Slot, index: int, prefix: dict[Slot, Tensor], given_slots: list[Slot]) -> Tensor:
-        own = self.own["pos_embed"][0, index]
+    def _prefix_entry(self, slot: Slot, index: int, prefix: dict[Slot, Tensor], slots: list[Slot]) -> Tensor:
+        fresh = self.expected["pos_embed"][0, index]
         if slot in prefix:
             return prefix.pop(slot)
-        if slot in given_slots:
-            return torch.zeros_like(own)  # exact: the checkpoint adds nothing to this token
+        if slot in slots:
+            return torch.zeros_like(fresh)  # exact: the checkpoint adds nothing to this token
         self.fresh.append("pos_embed")
         self.notes.append(f"position entry of {slot[0]}: fresh, the checkpoint has none")
-        return own
+        return fresh
 
     def _fold(self, slot: Slot, entry: Tensor) -> None:
         """Token plus entry is what the first block sees, so the sum in the token is exact."""
         token, index = slot
-        summed = self.given[token].to(entry).clone()
+        summed = self.weights[token].to(entry).clone()
         summed[:, index] += entry
-        self.given[token] = summed
+        self.weights[token] = summed
         self.notes.append(f"position entry of {token} added to the token, the model has no entry for it")
 
     def _resampled(self, patches: Tensor) -> Tensor:
@@ -226,8 +236,9 @@ class _Fit:
 
     def registers(self) -> None:
         """Take the first registers of the checkpoint, keep the model's own fresh ones for the rest."""
-        given, own = self.given.get("reg_token"), self.own.get("reg_token")
-        have, want = (0 if tokens is None else tokens.shape[1] for tokens in (given, own))
+        theirs, fresh = self.weights.get("reg_token"), self.expected.get("reg_token")
+        have = 0 if theirs is None else theirs.shape[1]
+        want = 0 if fresh is None else fresh.shape[1]
         if have == want:
             return
         if have > want:
@@ -235,12 +246,12 @@ class _Fit:
         else:
             self.notes.append(f"registers: {have} from the checkpoint, {want - have} fresh")
             self.fresh.append("reg_token")
-        if own is None:
+        if fresh is None:
             self._leave("reg_token")
-        elif given is None:
+        elif theirs is None:
             self.missing.append("reg_token")
         else:
-            self.given["reg_token"] = torch.cat([given.to(own), own[:, have:]], dim=1)[:, :want]
+            self.weights["reg_token"] = torch.cat([theirs.to(fresh), fresh[:, have:]], dim=1)[:, :want]
 
     def distillation(self) -> None:
         """The distillation token and its head: left over, or fresh."""
@@ -248,56 +259,56 @@ class _Fit:
         def parts(weights: StateDict) -> list[str]:
             return [key for key in weights if key.split(".")[0] in ("dist_token", "head_dist")]
 
-        if "dist_token" in self.given and "dist_token" not in self.own:
-            for key in parts(self.given):
+        if "dist_token" in self.weights and "dist_token" not in self.expected:
+            for key in parts(self.weights):
                 self._leave(key)
             self.notes.append("the checkpoint's distillation token and its head are left over, the model has none")
-        elif "dist_token" in self.own and "dist_token" not in self.given:
-            self.fresh += parts(self.own)
-            self.missing += parts(self.own)
+        elif "dist_token" in self.expected and "dist_token" not in self.weights:
+            self.fresh += parts(self.expected)
+            self.missing += parts(self.expected)
             self.head_notes.append("distillation token and its head are fresh, the checkpoint has none")
 
     def heads(self) -> None:
         """A head with other classes, or without a counterpart, stays as it is."""
         for head in _HEADS:
-            keys = [key for key in (f"{head}.weight", f"{head}.bias") if key in self.own and key not in self.fresh]
-            old = self.given.get(f"{head}.weight")
+            keys = [key for key in (f"{head}.weight", f"{head}.bias") if key in self.expected and key not in self.fresh]
+            old = self.weights.get(f"{head}.weight")
             if not keys:
-                for key in [key for key in self.given if key.startswith(f"{head}.")]:
+                for key in [key for key in self.weights if key.startswith(f"{head}.")]:
                     self._leave(key)
             elif old is None:
                 self._fresh_head(keys, f"{head} is fresh, the checkpoint has none")
                 self.missing += keys
-            elif old.shape[0] != self.own[keys[0]].shape[0]:
-                new = self.own[keys[0]].shape[0]
+            elif old.shape[0] != self.expected[keys[0]].shape[0]:
+                new = self.expected[keys[0]].shape[0]
                 self._fresh_head(keys, f"{head} is fresh: {old.shape[0]} classes in the checkpoint, {new} in the model")
 
     def _fresh_head(self, keys: list[str], note: str) -> None:
         self.fresh += keys
         self.head_notes.append(note)
         for key in keys:
-            self.given.pop(key, None)
+            self.weights.pop(key, None)
 
     def _leave(self, key: str) -> None:
-        del self.given[key]
+        del self.weights[key]
         self.unexpected.append(key)
 
     def check(self, source: str, name: str) -> None:
         """Raise a UserError that names what still does not fit."""
-        missing = [key for key in self.own if key not in self.given and key not in self.fresh]
-        unexpected = [key for key in self.given if key not in self.own]
+        missing = [key for key in self.expected if key not in self.weights and key not in self.fresh]
+        unexpected = [key for key in self.weights if key not in self.expected]
         shapes = [
-            f"{key} {tuple(tensor.shape)} (the model has {tuple(self.own[key].shape)})"
-            for key, tensor in self.given.items()
-            if key in self.own and tensor.shape != self.own[key].shape
+            f"{key} {tuple(tensor.shape)} (the model has {tuple(self.expected[key].shape)})"
+            for key, tensor in self.weights.items()
+            if key in self.expected and tensor.shape != self.expected[key].shape
         ]
-        found = {"missing": missing, "unexpected": unexpected, "shapes": shapes}
-        problems = [f"{what} {_some(keys)}" for what, keys in found.items() if keys]
+        misfits = {"missing": missing, "unexpected": unexpected, "shapes": shapes}
+        problems = [f"{what} {_some(keys)}" for what, keys in misfits.items() if keys]
         if problems:
             raise UserError(f"{source} does not fit {name}: {'; '.join(problems)}")
 
     def report(self) -> LoadReport:
-        loaded = sum(key in self.given for key in self.own)
+        loaded = sum(key in self.weights for key in self.expected)
         notes = tuple(dict.fromkeys(self.notes + self.head_notes))  # one line per kind, not per register
         return LoadReport(loaded, tuple(dict.fromkeys(self.fresh)), tuple(self.missing), tuple(self.unexpected), notes)
 
@@ -365,8 +376,8 @@ def _slots(weights: Mapping[str, Tensor]) -> list[Slot]:
 
 
 def _count_entries(length: int, patches: int, weights: Mapping[str, Tensor]) -> int | None:
-    """How many prefix tokens of a checkpoint have a position entry, told by what leaves a grid."""
-    tokens = [sum(slot[0] in _PREFIX_TOKENS[:kinds] for slot in _slots(weights)) for kinds in range(4)]
+    """Count the prefix tokens of a checkpoint that have a position entry: what is left must be a grid of patches."""
+    tokens = [sum(slot[0] in _PREFIX_TOKENS[:types] for slot in _slots(weights)) for types in range(4)]
     return next((n for n in tokens if length - n in (patches, math.isqrt(max(0, length - n)) ** 2)), None)
 
 

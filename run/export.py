@@ -5,7 +5,7 @@ python run/export.py program --model deit_tiny --merge mctf --r 16 --out model.p
 python run/export.py folder --model deit_small --resume output/best.pth --out exported/
 
 `onnx` uses no scatter operator and takes any batch size unless --fixed_batch is given; `program` is torch.export's
-.pt2; `folder` is safetensors + config.json, for `models.exporting.load_folder` and
+.pt2; `folder` is safetensors + config.json, for `models.export.load_folder` and
 `timm.create_model("local-dir:exported")`.
 All other options are main.py's (model, weights, merging).
 """
@@ -23,7 +23,7 @@ if not __package__:  # run as a script: the project's modules lie one folder up
 
 from build import Inference, load_for_inference
 from models import MergingViT, UserError
-from models.exporting import compare, export_onnx, export_program, load_folder, onnx_session, save_folder
+from models.export import compare, export_onnx, export_program, load_folder, onnx_session, save_folder
 from models.registry import data_settings
 from options import Parser, exit_status, parse_args
 from utils import log

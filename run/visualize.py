@@ -8,7 +8,8 @@ Model, merging and data options are those of main.py. `merged` draws, for some b
     groups     every group of patches in its mean colour, with its outline
     sizes      how many patches each token stands for
     pairs      what merged into what in this block
-    criteria   (--merge mctf) what the block chose by: attention received, size factor, similarity of the best partner
+    criteria   what the block chose by; mctf: attention received, size factor, similarity of the best partner;
+               pitome: energy
 
 --gif FILE.gif shows the same views block by block. Beside the picture lies a .json of all sizes; --data_out FILE.npz
 has everything that is drawn, as arrays.
@@ -30,7 +31,7 @@ from torch import Tensor
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis import pictures
+from analysis import merged_tokens
 from analysis.command import find_images
 from analysis.panels import one_palette
 from build import load_for_inference, prepare
@@ -118,15 +119,15 @@ def save_gif(frames: Sequence[Any], file: Path) -> None:
     print(f"wrote {file}")
 
 
-def save_data(args: Namespace, result: pictures.MergedTokensResult) -> None:
+def save_data(args: Namespace, result: merged_tokens.MergedTokensResult) -> None:
     """Write the summary beside the picture, and with --data_out all arrays."""
     file = args.out.with_suffix(".json")
     try:
-        write_json(file, pictures.summarise(result))
+        write_json(file, merged_tokens.summarise(result))
         print(f"wrote {file}")
         if args.data_out:
             args.data_out.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(args.data_out, **pictures.arrays(result))  # type: ignore[arg-type]
+            np.savez_compressed(args.data_out, **merged_tokens.arrays(result))  # type: ignore[arg-type]
             print(f"wrote {args.data_out}")
     except OSError as error:
         raise UserError(f"cannot write the data: {error}; name another place") from error
@@ -144,16 +145,16 @@ def merged(args: Namespace, main_args: Namespace) -> None:
     if not any(model.plan().merges):
         raise UserError("this model merges nothing, so there is nothing to draw; give --r, for instance --r 16")
     depth = len(model.blocks)
-    blocks = args.blocks or pictures.spread_blocks(depth)
+    blocks = args.blocks or merged_tokens.spread_blocks(depth)
     if max(blocks) >= depth:
         raise UserError(f"--blocks names block {max(blocks)}, but the model has blocks 0..{depth - 1}")
     film = spread(depth, GIF_FRAMES) if args.gif else []
     criteria = {*blocks, *film} if "criteria" in args.views else ()
     shown = unnormalise(images, config)
-    result = pictures.measure(model, images, pictures=shown, captions=captions, criteria=criteria)
-    save_picture(pictures.draw(result, args.views, blocks), args.out)
+    result = merged_tokens.measure(model, images, pictures=shown, captions=captions, criteria=criteria)
+    save_picture(merged_tokens.draw(result, args.views, blocks), args.out)
     if args.gif:
-        save_gif(list(pictures.draw_frames(result, args.views, film)), args.gif)
+        save_gif(list(merged_tokens.draw_frames(result, args.views, film)), args.gif)
     save_data(args, result)
 
 
@@ -182,13 +183,13 @@ def build_parser() -> Parser:
     command.add_argument(
         "--views",
         nargs="+",
-        choices=pictures.VIEWS,
+        choices=merged_tokens.VIEWS,
         default=("groups",),
         help="what is drawn, a row each (default: groups)",
     )
     command.add_argument("--weights", metavar="FILE|URL", help="the same as --finetune")
     command.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    text = f"the same block by block, of at most {pictures.FRAME_IMAGES} images"
+    text = f"the same block by block, of at most {merged_tokens.FRAME_IMAGES} images"
     command.add_argument("--gif", type=Path, metavar="FILE.gif", help=text)
     command.add_argument("--data_out", type=Path, metavar="FILE.npz", help="maps, pairs and criteria as arrays")
     command.set_defaults(draw=merged)

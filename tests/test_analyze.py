@@ -99,6 +99,13 @@ def test_no_outlier_is_null_in_json(toy: str, photos: Path, tmp_path: Path) -> N
     assert "NaN" not in (tmp_path / "out" / "similarity.json").read_text()
 
 
+def test_no_image_to_draw(toy: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "torn.jpg").rename(photos / "0 torn.jpg")  # the first one, which --show 1 draws
+    flags = ["--models", toy, "--data", str(photos), "--show", "1", "--out", str(tmp_path / "out")]
+    assert analyze.main(["norms", *flags, *FAST]) == 2
+    assert "none of the 1 images to be drawn can be read" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite(
     toy: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

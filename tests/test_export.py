@@ -12,7 +12,7 @@ from tiny import every_method, images, ours
 from torch import Tensor
 
 from models import MergeConfig, UserError, create_model
-from models.exporting import compare, export_onnx, load_folder, onnx_session, save_folder
+from models.export import compare, export_onnx, load_folder, onnx_session, save_folder
 from models.scatter_free import scatter_free
 from run.export import main
 

@@ -12,9 +12,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = {"main", "engine", "losses", "datasets", "utils", "run", "tests", "hubconf"}
+TOP_LEVEL = (
+    "main",
+    "options",
+    "build",
+    "trainer",
+    "engine",
+    "losses",
+    "datasets",
+    "checkpoint",
+    "distributed",
+    "utils",
+)
+PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}
 INSTRUMENT_LIBRARIES = {"matplotlib", "PIL", "sklearn", "torchvision", "tensorboard", "submitit", "onnx", "onnxruntime"}
-METHOD_WORDS = {"tome", "mctf", "lgtm", "dfe", "register", "registers", "merge_config", "bipartite"}
+METHOD_WORDS = {"tome", "mctf", "lgtm", "pitome", "dfe", "register", "registers", "merge_config", "bipartite"}
 IGNORED = {
     ".git",
     ".venv",
@@ -41,14 +53,16 @@ def tracked() -> list[Path]:
 
 def imports(path: Path) -> set[str]:
     """Dotted names that a file imports, anywhere in it ("models.vit", ...), but for types alone."""
-    found: set[str] = set()
+    package = path.relative_to(ROOT).parts[:-1]
+    names: set[str] = set()
     for node in runtime_nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} imports relatively"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return found
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            names |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return names
 
 
 def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -59,48 +73,81 @@ def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
         yield from runtime_nodes(child)
 
 
-def module_files() -> list[Path]:
-    return sorted((ROOT / "models").glob("*.py"))
+def module_files(package: str = "models") -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
 
 
-def core() -> set[str]:
-    """Modules that `import models` brings in, and checkpoint loading: what everything else may build on."""
-    names = {path.stem for path in module_files()}
-    todo, seen = ["__init__", "checkpoint"], set()
-    while todo:
-        name = todo.pop()
-        seen.add(name)
-        found = imports(ROOT / "models" / f"{name}.py")
-        todo += [n for n in names - seen - {"__init__"} if f"models.{n}" in found and n not in todo]
-    return seen
+def module_name(path: Path) -> str:
+    """models/methods/tome.py -> models.methods.tome; a package's __init__ is the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 # Who imports whom
 
 
-@pytest.mark.parametrize("path", module_files(), ids=lambda path: path.stem)
-def test_models_do_not_import_the_program(path: Path) -> None:
-    assert not {name.split(".")[0] for name in imports(path)} & PROGRAM
+@pytest.mark.parametrize("path", module_files(), ids=module_name)
+def test_models_import_neither_program_nor_instruments(path: Path) -> None:
+    """models/ is the core alone, and imports relatively: an installation calls it regtome."""
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert not tops & (PROGRAM | {"analysis"})
+    absolute = [node for node in runtime_nodes(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert not [node.module for node in absolute if node.level == 0 and str(node.module).split(".")[0] == "models"]
 
 
-def test_the_core_is_where_it_should_be() -> None:
-    assert {"errors", "schedule", "merging", "blocks", "vit", "registry", "checkpoint"} <= core()
+@pytest.mark.parametrize("path", module_files(), ids=module_name)
+def test_models_need_light_libraries_only(path: Path) -> None:
+    """onnx and its kin are imported where they are asked for."""
+    tree = ast.parse(path.read_text())
+    eager = [node for node in ast.iter_child_nodes(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in eager if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in eager if isinstance(node, ast.ImportFrom) and node.level == 0}
+    assert not {name.split(".")[0] for name in names} & INSTRUMENT_LIBRARIES
 
 
-def test_the_core_knows_no_instrument() -> None:
-    for name in core():
-        found = {module.split(".")[0] for module in imports(ROOT / "models" / f"{name}.py")}
-        assert not found & INSTRUMENT_LIBRARIES, name
-    assert not [n for n in core() if re.search("analy|pictur|visual|norms|lost|probe|benchmark|export", n)]
+def edges(paths: list[Path]) -> dict[str, set[str]]:
+    names = {module_name(path) for path in paths}
+    return {module_name(path): (imports(path) & names) - {module_name(path)} for path in paths}
 
 
-def test_the_core_has_no_circle() -> None:
-    names = core() - {"__init__"}
-    edges = {n: {m for m in names if f"models.{m}" in imports(ROOT / "models" / f"{n}.py")} for n in names}
-    while edges:
-        leaves = {name for name, needs in edges.items() if not needs & edges.keys()}
-        assert leaves, f"these import one another: {sorted(edges)}"
-        edges = {name: needs for name, needs in edges.items() if name not in leaves}
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [path for path in module_files() if path != ROOT / "models" / "__init__.py"],
+        [path for path in module_files("analysis") if path.stem != "__init__"],
+        [ROOT / f"{name}.py" for name in TOP_LEVEL],
+    ],
+    ids=["models", "analysis", "program"],
+)
+def test_no_circle(paths: list[Path]) -> None:
+    needs = edges(paths)
+    while needs:
+        leaves = {name for name, others in needs.items() if not others & needs.keys()}
+        assert leaves, f"these import one another: {sorted(needs)}"
+        needs = {name: others for name, others in needs.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("path", module_files("analysis"), ids=module_name)
+def test_instruments_work_without_the_program(path: Path) -> None:
+    """What an instrument's command needs of the program is imported inside the command; `command` is such a command."""
+    tree = ast.parse(path.read_text())
+    eager = [node for node in ast.iter_child_nodes(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in eager if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in eager if isinstance(node, ast.ImportFrom) and node.level == 0}
+    assert path.stem == "command" or not {name.split(".")[0] for name in names} & PROGRAM
+
+
+@pytest.mark.parametrize("word", ["mctf", "lgtm", "pitome"])
+def test_a_method_has_one_place(word: str) -> None:
+    """Only its own module and its registration name a method; of MCTF also the old command line and checkpoints."""
+    files = [*module_files(), *module_files("analysis"), *(ROOT / f"{name}.py" for name in TOP_LEVEL)]
+    allowed = {ROOT / "models" / "methods" / f"{word}.py", ROOT / "models" / "methods" / "__init__.py"}
+    allowed |= {ROOT / "options.py", ROOT / "models" / "weights.py"} if word == "mctf" else set()
+    for path in set(files) - allowed:
+        for node in ast.walk(ast.parse(path.read_text())):
+            texts = (getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "arg", None))
+            constant = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            assert not [text for text in texts if word in str(text).lower()], f"{path.name} knows {word}"
+            assert constant.lower() != word, f"{path.name} asks for {word}"
 
 
 def test_the_engine_knows_no_method() -> None:
@@ -116,10 +163,16 @@ def test_the_engine_knows_no_method() -> None:
     assert not words & METHOD_WORDS
 
 
-@pytest.mark.parametrize("name", ["engine", "losses", "datasets", "utils"])
-def test_nothing_imports_main(name: str) -> None:
-    path = ROOT / f"{name}.py"
-    if path.is_file():
+SCRIPTS_WITH_A_RUN = {"submit"}  # it starts training runs: main.py is what it submits
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*(ROOT / f"{name}.py" for name in TOP_LEVEL), *module_files("analysis"), *sorted((ROOT / "run").glob("*.py"))],
+    ids=lambda path: path.stem,
+)
+def test_nothing_imports_main(path: Path) -> None:
+    if path.stem not in SCRIPTS_WITH_A_RUN:
         assert "main" not in {module.split(".")[0] for module in imports(path)}
 
 
@@ -146,8 +199,7 @@ assert not os.listdir("."), os.listdir(".")
 
 
 def test_importing_has_no_side_effect(tmp_path: Path) -> None:
-    names = [n for n in ("datasets", "losses", "utils", "engine", "main") if (ROOT / f"{n}.py").is_file()]
-    names = [f"models.{path.stem}" for path in module_files() if path.stem != "__init__"] + names
+    names = [module_name(path) for path in (*module_files(), *module_files("analysis"))] + list(TOP_LEVEL)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", IMPORT_CHECK, *names]
     done = subprocess.run(
@@ -200,5 +252,4 @@ def test_shell_scripts_parse(path: Path) -> None:
 
 
 def test_top_level_names() -> None:
-    allowed = {"main", "engine", "losses", "datasets", "utils", "hubconf"}
-    assert {path.stem for path in ROOT.glob("*.py")} <= allowed
+    assert {path.stem for path in ROOT.glob("*.py")} == {*TOP_LEVEL, "hubconf", "setup"}

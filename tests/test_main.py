@@ -273,6 +273,27 @@ def test_a_recipe_gives_way_to_config_and_flags(tmp_path: Path) -> None:
     assert (args.dataset, args.mixup, args.epochs, args.model) == ("DIGITS", 0.2, 9, "deit_digits")
 
 
+def test_every_flag_is_in_one_group() -> None:
+    groups = [options.flags_of(group) for group in options.FLAG_GROUPS]
+    assert frozenset().union(*groups) == frozenset(vars(parse())) and sum(map(len, groups)) == len(vars(parse()))
+    inference = options.flags_of(*options.INFERENCE_GROUPS)
+    assert {"config", "model", "r", "tau_sim", "finetune", "dataset", "limit", "seed", "device"} <= inference
+    assert not {"epochs", "resume", "r_evals", "r_warmup_epochs", "drop_path", "compile", "output_dir"} & inference
+
+
+def test_given_flags_are_those_of_the_command_line_and_of_its_config(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 1e-3\nmodel-ema: false\nsam_rho: null\n")
+    assert options.given_flags(["--dataset", "DIGITS", "--batch-size=64", "--no_pin_mem"]) == {
+        *("dataset", "batch_size", "pin_mem")
+    }
+    assert options.given_flags(["--config", str(file), "--lr", "1"]) == {"config", "lr", "model_ema"}
+    assert options.given_flags([]) == frozenset()
+    mctf = options.given_flags(["--eval", "--use_mctf", "True", "--mctf_type", "[16,0,0,1,1,1,20,40,1,1,0]"])
+    assert mctf - {"eval"} <= options.flags_of("merging") and {"merge", "r", "tau_size"} <= mctf
+    assert capsys.readouterr().out == ""
+
+
 def test_config_sets_defaults_of_every_kind(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(

@@ -1,6 +1,7 @@
 """Instruments on a model in memory, as in a notebook: no command line, no files, plain tensors."""
 
 import re
+import runpy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -192,10 +193,12 @@ def test_figures_of_similarity() -> None:
     assert len(similarity.draw_maps(result).axes[0].texts) == 3 * 3
 
 
-def test_the_documented_example_runs(repo: Path) -> None:
+def test_the_documented_example_runs(repo: Path, tmp_path: Path) -> None:
     text = (repo / "docs" / "analysis.md").read_text()
     example = re.search(r"## From a notebook\n\n(.+?)\n\n`measure`", text, re.S)
     assert example
     images = tiny.images(6)
     names: dict[str, Any] = {"model": tiny.timm_vit(), "another": norms.measure(tiny.ours(), images), "images": images}
-    exec(textwrap.dedent(example[1]), {**names, "loader": [images], "pictures": np.zeros((4, 32, 32, 3))})
+    file = tmp_path / "example.py"
+    file.write_text(textwrap.dedent(example[1]))
+    runpy.run_path(str(file), {**names, "loader": [images], "pictures": np.zeros((4, 32, 32, 3))})

@@ -1,6 +1,10 @@
 """Reconstruction and class probes: targets, least squares, splits, matching, tokens drawn; notebook and commands."""
 
 import json
+import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +250,30 @@ def test_class_probes_of_a_model_in_memory() -> None:
     assert len(class_probes.draw([result, result]).axes) == 2
     with pytest.raises(UserError, match="too few"):
         class_probes.measure(tiny.ours(), *batches, outlier_rule=Rule("abs", 1e6))
+
+
+# a model with outliers, and images of two classes
+SETUP = """
+import sys
+sys.path[:0] = ["tests"]
+import tiny, torch
+from test_ttr import planted_model
+model, images, labels = planted_model(), 0.1 * tiny.images(120), torch.arange(120) // 2 % 2
+for i in range(120):
+    row, column = divmod(i % 16, 4)
+    images[i, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 3.0 + 0.01 * torch.randn(1).item()
+images[torch.arange(120), labels] += 0.5
+loader = train_loader = val_loader = [(images, labels)]
+"""
+
+
+def test_the_documented_example_runs(repo: Path) -> None:
+    text = (repo / "docs" / "registers_and_probes.md").read_text()
+    example = re.search(r"    from analysis import.*?\n(?=\S)", text, re.DOTALL)
+    assert example is not None
+    code = SETUP + textwrap.dedent(example[0])
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # The commands

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import images, randomise
 
 import hubconf
-from models import MergeConfig, MergingViT, UserError, create_model
-from models.registry import ENTRY_POINTS, NAMES, TIMM_NAMES, native_model
+from models import MergeConfig, MergingViT, UserError, create_model, registry
+from models.registry import NAMES, TIMM_NAMES, native_model
 
 PROMISED = {f"deit_{size}{kind}" for size in ("tiny", "small", "base") for kind in ("", "_distilled")}
 PROMISED |= {f"deit3_{size}" for size in ("small", "medium", "base", "large")} | {"deit_digits"}
@@ -34,7 +34,8 @@ def one_line(caught: Any) -> str:
 
 
 def test_names_are_the_promised_ones() -> None:
-    assert set(NAMES) == set(ENTRY_POINTS) == PROMISED
+    assert set(NAMES) == set(timm.list_models(module="registry")) == PROMISED
+    assert all(getattr(registry, name).__doc__ for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

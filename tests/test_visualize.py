@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import run.visualize as visualize
-from analysis import panels, pictures
+from analysis import merged_tokens, panels
 from analysis import walk as walking
 from analysis.walk import attention, walk
 from models import MergeConfig, MergingViT, UserError
@@ -93,8 +93,8 @@ def test_titles_count_the_groups_that_are_drawn(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         out = model(images, trace=True)
     titles: list[tuple[str, str]] = []
-    monkeypatch.setattr(pictures, "lay_out", lambda rows, shown, *_: titles.extend(shown))
-    pictures.draw(pictures.measure(model, images), blocks=(0, 1, 2))
+    monkeypatch.setattr(merged_tokens, "lay_out", lambda rows, shown, *_: titles.extend(shown))
+    merged_tokens.draw(merged_tokens.measure(model, images), blocks=(0, 1, 2))
     assert titles == [("input", "16 patches"), *((f"after block {i}", f"{12 - 4 * i} patch tokens") for i in range(3))]
     assert [count - 3 for count in out.counts] == [12, 8, 4]
     assert MergeConfig(r=4) == model.merge
@@ -104,7 +104,7 @@ def test_folder_of_images_at_another_resolution(toy: list[str], photos: Path, tm
     out = tmp_path / "tokens.png"
     words = [*toy, "--r", "0.3", "--images", str(photos), "--input_size", "48", "--out", str(out)]
     assert visualize.main(words) == 0
-    cell = round(pictures.PANEL / 6)
+    cell = round(merged_tokens.PANEL / 6)
     picture = Image.open(out)
     assert picture.width == 4 * 6 * cell + 5 * panels.GAP  # input and all three blocks
     assert picture.height > 2 * 6 * cell
@@ -183,13 +183,14 @@ METHODS = [
     MergeConfig("mctf", 4, min_tokens=0),
     MergeConfig("mctf", 4, min_tokens=0, one_step_ahead="off"),
     MergeConfig("lgtm", 3, dense_layers=0, global_layer=1),
+    MergeConfig("pitome", 3),
 ]
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.method} {config.one_step_ahead}")
 def test_groups_are_those_of_the_forward(config: MergeConfig) -> None:
     model, images = build(merge=config, register_layer=1)
-    blocks = pictures.block_merges(model, images)
+    blocks = merged_tokens.block_merges(model, images)
     with torch.no_grad():
         out = model(images, trace=True)
     for block, group in zip(blocks, out.groups, strict=True):
@@ -202,7 +203,7 @@ def test_groups_are_those_of_the_forward(config: MergeConfig) -> None:
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.method} {config.one_step_ahead}")
 def test_pairs_explain_the_groups(config: MergeConfig) -> None:
     """Joining the pairs of a block, and nothing else, turns its incoming groups into the outgoing ones."""
-    for block in pictures.block_merges(*build(merge=config)):
+    for block in merged_tokens.block_merges(*build(merge=config)):
         for i, group in enumerate(block.group_in):
             joined = group.clone()
             for merged, target in block.pairs[i].tolist():
@@ -213,9 +214,9 @@ def test_pairs_explain_the_groups(config: MergeConfig) -> None:
 
 def test_many_images_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0))
-    whole = pictures.block_merges(model, images, range(3))
+    whole = merged_tokens.block_merges(model, images, range(3))
     monkeypatch.setattr(walking, "MAP_BYTES", 1)
-    for at_once, in_parts in zip(whole, pictures.block_merges(model, images, range(3)), strict=True):
+    for at_once, in_parts in zip(whole, merged_tokens.block_merges(model, images, range(3)), strict=True):
         assert (at_once.group == in_parts.group).all() and (at_once.pairs == in_parts.pairs).all()
         assert list(at_once.criteria) == ["attention", "informativeness", "size", "similarity"]
         for name, values in at_once.criteria.items():
@@ -225,7 +226,7 @@ def test_many_images_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_criteria_by_hand() -> None:
     model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0, tau_sim=0.5, tau_info=3, tau_size=2))
     layer = list(walk(model, images))[2]
-    found = pictures.token_scores(layer)
+    found = merged_tokens.token_scores(layer)
     received = attention(layer).mean(dim=(1, 2))
     prefix, count = layer.num_prefix_tokens, layer.before.x.shape[1]
     torch.testing.assert_close(found["attention"], received[:, prefix:] * count)
@@ -246,7 +247,7 @@ def test_criteria_without_looking_ahead_compare_what_leaves_the_block() -> None:
     plain = list(walk(model, images, r=0))[1]
     x = torch.nn.functional.normalize(plain.after.x[:, 3:], dim=-1)
     expected = (x @ x.transpose(1, 2))[:, 0, 1::2].amax(dim=1)
-    found = pictures.token_scores(list(walk(model, images))[1])["similarity"][:, 0]
+    found = merged_tokens.token_scores(list(walk(model, images))[1])["similarity"][:, 0]
     torch.testing.assert_close(found, (expected + 1) / 2)
 
 
@@ -274,7 +275,7 @@ def test_colour_scales() -> None:
 def test_all_views_with_film_and_data(toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, film, data = tmp_path / "t.png", tmp_path / "new" / "t.gif", tmp_path / "other" / "t.npz"
     words = [*toy, "--merge", "mctf", "--r", "4", "--min_tokens", "0", "--num_registers", "1", "--num_images", "2"]
-    words += ["--blocks", "1,2", "--views", *pictures.VIEWS, "--out", str(out)]
+    words += ["--blocks", "1,2", "--views", *merged_tokens.VIEWS, "--out", str(out)]
     assert visualize.main([*words, "--gif", str(film), "--data_out", str(data)]) == 0, capsys.readouterr().err
     width = 3 * 336 + 4 * panels.GAP + panels.LEGEND
     assert Image.open(out).width == width and Image.open(out).height > 2 * 6 * 336
@@ -294,14 +295,14 @@ def test_all_views_with_film_and_data(toy: list[str], tmp_path: Path, capsys: py
 
 def test_a_picture_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = build()
-    result = pictures.measure(model, images)
-    monkeypatch.setattr(pictures, "FRAME_IMAGES", 2)
-    two = list(pictures.draw_frames(result, blocks=(0, 2)))
-    monkeypatch.setattr(pictures, "FRAME_IMAGES", 9)
-    assert len(two) == 3 and two[0].height < next(pictures.draw_frames(result, blocks=(0, 2))).height
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 9 * 336**2 - 1)
+    result = merged_tokens.measure(model, images)
+    monkeypatch.setattr(merged_tokens, "FRAME_IMAGES", 2)
+    two = list(merged_tokens.draw_frames(result, blocks=(0, 2)))
+    monkeypatch.setattr(merged_tokens, "FRAME_IMAGES", 9)
+    assert len(two) == 3 and two[0].height < next(merged_tokens.draw_frames(result, blocks=(0, 2))).height
+    monkeypatch.setattr(merged_tokens, "MAX_PIXELS", 9 * 336**2 - 1)
     with pytest.raises(UserError, match="num_images"):
-        pictures.draw(result, blocks=(0, 2))
+        merged_tokens.draw(result, blocks=(0, 2))
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real images here")
@@ -319,12 +320,21 @@ def test_real_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_model_in_memory(wrapped: bool) -> None:
     model, images = build(merge=MergeConfig("mctf", 4, min_tokens=0))
-    result = pictures.measure(model, [(images[:2], None), (images[2:], None)] if wrapped else images, criteria=range(3))
-    picture = pictures.draw(result, views=pictures.VIEWS, blocks=(1,))
+    result = merged_tokens.measure(
+        model, [(images[:2], None), (images[2:], None)] if wrapped else images, criteria=range(3)
+    )
+    picture = merged_tokens.draw(result, views=merged_tokens.VIEWS, blocks=(1,))
     assert picture.width == 2 * 336 + 3 * panels.GAP + panels.LEGEND
     assert (
         result.captions == ("image 1", "image 2", "image 3") and 0 <= result.pictures.min() < result.pictures.max() <= 1
     )
-    assert [block["patch_tokens"] for block in pictures.summarise(result)["blocks"]] == [16, 12, 8]
-    assert pictures.arrays(result)["group"].shape == (3, 3, 16)
-    assert len(list(pictures.draw_frames(result))) == 1 + 3
+    assert [block["patch_tokens"] for block in merged_tokens.summarise(result)["blocks"]] == [16, 12, 8]
+    assert merged_tokens.arrays(result)["group"].shape == (3, 3, 16)
+    assert len(list(merged_tokens.draw_frames(result))) == 1 + 3
+
+
+def test_any_method_that_scores_tokens_draws_them() -> None:
+    model, images = build(merge=MergeConfig("pitome", 3))
+    result = merged_tokens.measure(model, images, criteria=range(3))
+    assert merged_tokens.draw(result, views=("criteria",)).height < 4 * 336 + 200  # one row, of the energy, per image
+    assert len(list(merged_tokens.draw_frames(result, views=("groups", "criteria")))) == 4

@@ -1,4 +1,4 @@
-"""What a merging method is: its settings with their published defaults, and the decisions that differ between methods.
+"""The base of merging methods: settings with their published defaults, and the decisions that differ between methods.
 
 Shapes: B batch, N tokens in, M tokens out, n patches at the input, P prefix tokens, C channels, H heads, D their
 channels, S sources, T destinations.
@@ -28,7 +28,7 @@ POOLINGS = ("size", "attention", "max", "mean")
 
 
 class Knob(NamedTuple):
-    """One setting of a method, as flags and checks need it."""
+    """A setting of a method, as flags and checks need it."""
 
     name: str
     kind: type  # bool, int, float or str
@@ -129,7 +129,7 @@ class Method:
         return AFTER_ATTENTION
 
     def needs_score(self) -> bool:
-        """Whether the attention received is needed; it costs the fused attention kernel."""
+        """True if the attention received is needed, which costs the fused attention kernel."""
         return self.pooling == "attention"
 
     def amounts(self, count: int, layer: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Merged tokens: what every block leaves of an image's patches, in numbers and pictures.
 
-    result = pictures.measure(model, images)
-    pictures.draw(result, views=("groups", "sizes", "pairs")).save("merged.png")
+    result = merged_tokens.measure(model, images)
+    merged_tokens.draw(result, views=("groups", "sizes", "pairs")).save("merged.png")
 
 Command: run/visualize.py merged. Pictures are Pillow's, made of the panels in `panels`.
 
@@ -24,12 +24,12 @@ from models.methods import METHODS, Method
 from models.schedule import format_schedule
 from models.vit import MergingViT
 
-from .inputs import Images, evaluation
+from .inputs import ImageBatches, evaluation
 from .panels import Scale, draw_groups, draw_heat, draw_pairs, lay_out, mean_colours, stretch, to_picture
 from .walk import Layer, in_parts, patch_grid, walk
 
 VIEWS = ("groups", "sizes", "pairs", "criteria")
-CRITERIA = ("attention", "size", "similarity")  # those that are drawn; `arrays` has the others too
+NOT_DRAWN = ("informativeness",)  # a function of attention, which is drawn; `arrays` has it too
 LABELS = {
     "groups": "groups in their mean colour",
     "sizes": "patches per token",
@@ -37,6 +37,7 @@ LABELS = {
     "attention": "attention received (1: an equal share)",
     "size": "size factor (1: merges readily)",
     "similarity": "similarity of the best partner",
+    "energy": "energy (high: resembles many, merges)",
 }
 SHORT = {"sizes": "patches per token", "attention": "attention", "size": "size factor", "similarity": "similarity"}
 PANEL = 336  # pixels that a picture is scaled to, as far as whole patches allow
@@ -113,7 +114,7 @@ def _joined(parts: tuple[BlockMerge, ...]) -> BlockMerge:
 
 
 def has_token_scores(rule: Method) -> bool:
-    """Whether a method tells by what values of single tokens it decides."""
+    """Tell whether a method says by what values of single tokens it decides."""
     return type(rule).token_scores is not Method.token_scores
 
 
@@ -161,7 +162,7 @@ class MergedTokensResult:
 
 def measure(
     model: VisionTransformer,
-    images: Images,
+    images: ImageBatches,
     *,
     pictures: Tensor | None = None,
     captions: Sequence[str] = (),
@@ -171,7 +172,7 @@ def measure(
     """Follow the patches of a few images through all blocks.
 
     Args:
-        images: see `inputs.Images`; all of them are held in memory.
+        images: see `inputs.ImageBatches`; all of them are held in memory.
         pictures: (B,3,H,W) the same in [0, 1]; None: each image scaled to that range.
         captions: one per image; none: their numbers.
         criteria: blocks whose criteria are wanted, for the view `criteria`.
@@ -260,7 +261,7 @@ def draw(result: MergedTokensResult, views: Sequence[str] = ("groups",), blocks:
         row = [to_picture(result.pictures[image], grid, cell)]
         rows.append(row + [drawing.panel(view, block, image, cell) for block in drawing.blocks])
         plain = drawing.views == ("groups",)
-        captions.append(result.captions[image] + ("" if plain else f" \N{MIDDLE DOT} {LABELS[view]}"))
+        captions.append(result.captions[image] + ("" if plain else f" \N{MIDDLE DOT} {LABELS.get(view, view)}"))
     return lay_out(rows, titles, captions, [drawing.scales.get(view) for _, view in lines])
 
 
@@ -298,8 +299,9 @@ class _Drawing:
     @classmethod
     def of(cls, result: MergedTokensResult, views: Sequence[str], blocks: Sequence[int]) -> "_Drawing":
         """Choose one colour scale per view; a few extreme values lie beyond its ends."""
-        names = tuple(name for view in views for name in (CRITERIA if view == "criteria" else (view,)))
         drawn = [result.blocks[index] for index in blocks]
+        criteria = [name for name in drawn[0].criteria if name not in NOT_DRAWN]
+        names = tuple(name for view in views for name in (criteria if view == "criteria" else (view,)))
         scales = {}
         for name in set(names) - {"groups", "pairs"}:
             values = torch.stack([block.size if name == "sizes" else block.criteria[name] for block in drawn]).numpy()
@@ -328,7 +330,7 @@ class _Drawing:
         if view == "pairs":
             return f"merged in block {block.index}", f"{block.pairs.shape[1]} tokens"
         scale = self.scales[view]
-        return SHORT[view], f"{scale.low:.3g} (dark) to {scale.high:.3g}"
+        return SHORT.get(view, view), f"{scale.low:.3g} (dark) to {scale.high:.3g}"
 
 
 def _title(block: BlockMerge) -> tuple[str, str]:

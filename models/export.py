@@ -1,6 +1,6 @@
 """Models for other runtimes: torch.export, ONNX, and a folder of safetensors + config.json as timm writes them.
 
-An instrument: eager models are not changed by it. `import models.exporting` also makes the architecture name "regtome"
+An instrument: eager models are not changed by it. `import models.export` also makes the architecture name "regtome"
 known to timm, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads what `save_folder` wrote.
 """
 
@@ -30,7 +30,7 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a runtime is from eager on one batch.
+    """The difference between a runtime and eager PyTorch on one batch.
 
     Attributes:
         batch: images.
@@ -83,25 +83,15 @@ def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def onnx_operators(file: Path) -> set[str]:
-    """Names of the operators of an ONNX file, functions included."""
-    require("onnx")
-    import onnx
-
-    proto = onnx.load(str(file), load_external_data=False)
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    return {node.op_type for node in nodes}
-
-
 def compare(model: MergingViT, run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> list[Agreement]:
     """A runtime against the eager model, batch by batch."""
-    found = []
+    agreements = []
     for images in batches:
         with torch.inference_mode():
-            expected, given = model.eval()(images), run(images)
-        same = (expected.argmax(1) == given.argmax(1)).double().mean()
-        found.append(Agreement(len(images), float((expected - given).abs().max()), float(same)))
-    return found
+            expected, logits = model.eval()(images), run(images)
+        same = (expected.argmax(1) == logits.argmax(1)).double().mean()
+        agreements.append(Agreement(len(images), float((expected - logits).abs().max()), float(same)))
+    return agreements
 
 
 def save_folder(model: MergingViT, base: str, folder: Path, data: dict[str, Any] | None = None) -> None:
