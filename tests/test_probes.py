@@ -2,8 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
+import runpy
 import textwrap
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_ttr import planted_model
 
 import run.analyze as analyze
 from analysis import class_probes, probing, reconstruction
@@ -252,28 +252,19 @@ def test_class_probes_of_a_model_in_memory() -> None:
         class_probes.measure(tiny.ours(), *batches, outlier_rule=Rule("abs", 1e6))
 
 
-# a model with outliers, and images of two classes
-SETUP = """
-import sys
-sys.path[:0] = ["tests"]
-import tiny, torch
-from test_ttr import planted_model
-model, images, labels = planted_model(), 0.1 * tiny.images(120), torch.arange(120) // 2 % 2
-for i in range(120):
-    row, column = divmod(i % 16, 4)
-    images[i, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 3.0 + 0.01 * torch.randn(1).item()
-images[torch.arange(120), labels] += 0.5
-loader = train_loader = val_loader = [(images, labels)]
-"""
-
-
-def test_the_documented_example_runs(repo: Path) -> None:
+def test_the_documented_example_runs(repo: Path, tmp_path: Path) -> None:
     text = (repo / "docs" / "registers_and_probes.md").read_text()
     example = re.search(r"    from analysis import.*?\n(?=\S)", text, re.DOTALL)
     assert example is not None
-    code = SETUP + textwrap.dedent(example[0])
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "example.py").write_text(textwrap.dedent(example[0]))
+    labels, images = torch.arange(80) // 2 % 2, 0.1 * tiny.images(80)
+    images[torch.arange(80), labels] += 0.5  # two classes
+    for i in range(80):  # one patch of each is an outlier
+        row, column = divmod(i % 16, 4)
+        images[i, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 3.0
+    loader = [(images, labels)]
+    names = {"model": planted_model(), "images": images, "loader": loader}
+    runpy.run_path(str(tmp_path / "example.py"), {**names, "train_loader": loader, "val_loader": loader})
 
 
 # The commands
