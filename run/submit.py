@@ -56,7 +56,7 @@ ENDED = (
     "PREEMPTED",
     "TIMEOUT",
 )
-GRACE = 20.0  # seconds for the other ranks to end after one failed, and for shared file systems to show results
+GRACE = 60.0  # seconds for the other ranks to end after one failed, and for shared file systems to show results
 TAIL = 40  # lines that are shown of a rank that died without a traceback
 LOST_CONTACT = re.compile("lost contact|connection closed|connection reset|broken pipe|nccl", re.IGNORECASE)
 

@@ -32,7 +32,7 @@ class Cluster:
     def run(self, *command: str, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
         environment = self.environment | extra
         return subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
         )
 
     def state(self, job: str) -> str:
@@ -43,7 +43,7 @@ class Cluster:
         return int(shown.split("Restarts=")[1].split()[0])
 
 
-def until(what: str, condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def until(what: str, condition: Callable[[], bool], seconds: float = 900.0) -> None:
     """Wait for a condition; fails the test with `what` if it does not come."""
     end = time.monotonic() + seconds
     while not condition():
@@ -64,7 +64,7 @@ def _install() -> None:
         return
     if os.geteuid() or not shutil.which("apt-get"):
         _missing("Slurm is not installed, and only root can install it, with apt-get")
-    done = subprocess.run(["bash", str(RECIPE), "install"], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(["bash", str(RECIPE), "install"], capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
         _missing(f"Slurm could not be installed: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
 
@@ -86,7 +86,7 @@ def slurm_cluster(nodes: int = 2) -> Iterator[Cluster]:
             _missing(f"Slurm did not start: {(up.stderr.strip() or 'no reason given').splitlines()[-1]}")
         yield Cluster(folder, _environment(folder))
     finally:
-        subprocess.run(["bash", str(RECIPE), "down", str(folder)], capture_output=True, timeout=120, check=False)
+        subprocess.run(["bash", str(RECIPE), "down", str(folder)], capture_output=True, timeout=900, check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 

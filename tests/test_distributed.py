@@ -35,7 +35,7 @@ from utils import StopSignal
 ROOT = Path(main.__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["main", "runs", "test_engine"])
-PATIENCE = 120
+PATIENCE = 600  # a bound for a hang, not a speed: machines may be slow
 
 
 def free_port() -> str:
@@ -246,7 +246,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(unbroken: Path, tmp_
     same_run(tmp_path, unbroken)
 
 
-@pytest.mark.parametrize(("how", "seconds"), [("SIGKILL", 30), ("SIGSTOP", 45)])
+@pytest.mark.parametrize(("how", "seconds"), [("SIGKILL", 120), ("SIGSTOP", 180)])
 def test_a_lost_rank_ends_the_others_in_bounded_time(tmp_path: Path, how: str, seconds: float) -> None:
     """Killed: the connection breaks. Frozen: the wait ends after REGTOME_DIST_TIMEOUT."""
     processes = start(frozen_play, 2, tmp_path, how)

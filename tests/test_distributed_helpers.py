@@ -165,7 +165,7 @@ def test_two_processes_agree_and_survive_a_dead_one(tmp_path):
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "REGTOME_DIST_TIMEOUT": "30"}
     first = start(WORKER, str(tmp_path), RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", **meeting)
     second = start(WORKER, str(tmp_path), SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_LOCALID="1", **meeting)
-    outputs = [process.communicate(timeout=60) for process in (first, second)]
+    outputs = [process.communicate(timeout=600) for process in (first, second)]
     assert (first.returncode, second.returncode) == (1, 0), outputs
     assert outputs[0][0].count("once") == 1 and "once" not in outputs[1][0]
     assert outputs[0][0].count("warning:") == 1 and "lost contact" in outputs[0][0]
@@ -185,5 +185,5 @@ except utils.RunError as error: print(error)
 
 def test_import_changes_nothing_and_a_missing_process_ends_the_wait():
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "REGTOME_DIST_TIMEOUT": "1"}
-    output, _ = start(ALONE, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", **meeting).communicate(timeout=60)
+    output, _ = start(ALONE, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", **meeting).communicate(timeout=600)
     assert "lost contact" in output and "process 0 of 2" in output and output.count("\n") == 1

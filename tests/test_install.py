@@ -32,7 +32,7 @@ def call(*command: object, cwd: Path, **environment: str) -> str:
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     words = [str(word) for word in command]
     settings = clean | {"OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(words, cwd=cwd, env=settings, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(words, cwd=cwd, env=settings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -285,7 +285,7 @@ def test_real_processes_stopped_and_killed(tmp_path: Path) -> None:
         with started(argv("broken"), tmp_path) as process:
             wait_for_save(tmp_path / "broken" / "checkpoint_prev.pth", process)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=100)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == status and errors == ""
     assert 0 < checkpoint(tmp_path / "broken")["epoch"] + checkpoint(tmp_path / "broken")["step"] < 8
     torch.manual_seed(1)  # the state of this process does not matter

@@ -32,7 +32,7 @@ def bash(script: Path, *words: str, cwd: Path | None = None, **env: str) -> subp
     # a coverage or CI variable of the outer process must not change what a script does
     clean = {key: value for key, value in os.environ.items() if key not in ("DATA", "CKPT", "NGPUS", "REGTOME_ECHO")}
     env = clean | {"PYTHON": sys.executable, "NGPUS": "1"} | env
-    return subprocess.run(["bash", str(script), *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", str(script), *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 def echoed(script: Path, *words: str, **env: str) -> tuple[list[str], Namespace]:

@@ -25,7 +25,7 @@ from runs import same_run
 
 from run import submit
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 ARGUMENTS = shlex.split(
     "--dataset DIGITS --limit 240 --epochs 2 --batch_size 4 --warmup_epochs 0 --r 4 --num_registers 2 "
@@ -115,10 +115,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         interrupt(cluster, folder, ids)
         # the run that nobody interrupts: two processes here, which no Slurm knows
         ids["unbroken"] = send(cluster, folder, "unbroken", "--cluster", "local", "--tasks_per_node", "2")
-        out, err = failing.communicate(timeout=240)
-        until("all jobs end", lambda: all(cluster.state(ids[name]) in ENDED for name in INTERRUPTIONS), 240)
+        out, err = failing.communicate(timeout=900)
+        until("all jobs end", lambda: all(cluster.state(ids[name]) in ENDED for name in INTERRUPTIONS), 900)
         local = submitit.LocalJob(folder / "unbroken" / "slurm", ids["unbroken"], [0, 1])
-        until("the unbroken run ends", lambda: len(submit.read_results(local)) == 2, 240)
+        until("the unbroken run ends", lambda: len(submit.read_results(local)) == 2, 900)
         yield Jobs(cluster, folder, ids, subprocess.CompletedProcess((), failing.returncode, out, err))
 
 
@@ -133,7 +133,7 @@ def interrupt(cluster: Cluster, folder: Path, ids: dict[str, str]) -> None:
                 commands.append(subprocess.Popen([*left.pop(name), ids[name]], env=cluster.environment))
         return not left
 
-    until("all jobs train", act, 240)
+    until("all jobs train", act, 900)
     assert [command.wait(60) for command in commands] == [0] * len(INTERRUPTIONS)
 
 

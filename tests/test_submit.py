@@ -372,7 +372,7 @@ def test_a_local_run_is_restarted_after_its_time_limits_signal(tmp_path: Path) -
     (log,) = logs.glob("*_0_log.out")
     for rank in children(int(log.name.split("_")[0])):
         os.kill(rank, signal.SIGUSR2)  # as submitit's local controller does at the time limit
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and out.rstrip().endswith(": done"), (out, err)
     assert "stopped by SIGUSR2 in epoch 0" in log.read_text() and "resumed run/checkpoint.pth" in log.read_text()
     assert epochs(tmp_path / "run") == [0]
@@ -393,7 +393,7 @@ def test_a_local_failure_reaches_the_submitter(tmp_path: Path) -> None:
         "--output_dir",
         "run",
     ]
-    out, err = (process := start(tmp_path, *run)).communicate(timeout=120)
+    out, err = (process := start(tmp_path, *run)).communicate(timeout=600)
     lines = err.splitlines()
     assert process.returncode == 1 and len(lines) == 2, (out, err)
     assert "failed on rank 0 of 1" in lines[0] and lines[1].startswith("main.py: error: ")
