@@ -416,7 +416,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, 
         markdown: draw bars, and a rule under the headers; else plain columns.
     """
     columns = [column for column in zip(headers, *rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
+    # a markdown rule that says "right" takes two characters: "-:"
+    widths = [max(1 if i < left else 2, *map(len, column)) for i, column in enumerate(columns)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [
         [

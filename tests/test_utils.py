@@ -249,3 +249,9 @@ def test_nearest():
     message = utils.nearest("deit_smal", ["deit_small", "deit_tiny"], "model")
     assert message == "unknown model 'deit_smal'; did you mean 'deit_small'? (choices: deit_small, deit_tiny)"
     assert "did you mean" not in utils.nearest("zzz", ["deit_small"])
+
+
+def test_a_table_is_valid_markdown_also_for_narrow_columns() -> None:
+    text = utils.table(["name", "r", "empty"], [["a", "4", ""], ["bc", "5", ""]])
+    assert text.splitlines() == ["| name |  r |", "| ---- | -: |", "| a    |  4 |", "| bc   |  5 |"]
+    assert utils.table(["a", "b"], [["x", "1.5"]], markdown=False).splitlines()[0] == "a    b"
