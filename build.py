@@ -1,4 +1,4 @@
-"""What the options ask for: weights, preprocessing, the model, the teacher, and a model for scripts."""
+"""Build what the options ask for: weights, preprocessing, the model, the teacher, and a model for scripts."""
 
 import warnings
 from argparse import Namespace

@@ -505,7 +505,7 @@ class DataConfig:
 
 
 class Sample(NamedTuple):
-    """One image (3,H,W), its class, whether it could be read, and the names of those that could not."""
+    """An image (3,H,W), its class, whether it could be read, and the names of those that could not."""
 
     image: Tensor
     target: int

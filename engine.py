@@ -95,7 +95,7 @@ class UnreadableImages:
 
 @dataclass(frozen=True)
 class RunControl:
-    """What may end a run early, and how often it reports; its training and its evaluations share one.
+    """The reasons that may end a run early, and how often it reports; its training and its evaluations share one.
 
     Attributes:
         stop: a signal's request, which the ranks exchange; None: nobody listens to signals.

@@ -33,7 +33,7 @@ LabelledImages = Iterable[Any]  # of batches that begin with images (B,3,H,W) an
 
 
 class TokenBank:
-    """One token of every kind per image, after the final norm; random patches are drawn anew for every draw."""
+    """A token of every kind per image, after the final norm; random patches are drawn anew for every draw."""
 
     def __init__(self, draws: int = 5, seed: int = 0) -> None:
         self.draws, self._generator = draws, torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ class TokenBank:
         self._covered.append(outlier.any(dim=1) & (~outlier).any(dim=1))
 
     def _draw(self, patches: Tensor, flags: Tensor) -> Tensor:
-        """One random flagged patch per image; NaN where there is none."""
+        """Draw a random flagged patch per image; NaN where there is none."""
         chance = torch.rand(flags.shape, generator=self._generator).masked_fill(~flags, -1.0)
         best, index = chance.max(dim=1)
         chosen = patches[torch.arange(len(patches)), index]

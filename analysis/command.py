@@ -51,7 +51,7 @@ SPEC = "NAME[:WEIGHTS][,label=TEXT][,num_registers=4][,r=16][,FLAG=VALUE ...]"
 
 @dataclass(frozen=True)
 class Spec:
-    """One model of the command line: its label (None: derived from name, registers, schedule) and flags of main.py."""
+    """A model of the command line: its label (None: derived from name, registers, schedule) and flags of main.py."""
 
     label: str | None
     flags: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of sections of text, tables and pictures: nothing is loaded from elsewhere.
+"""A self-contained HTML page of sections of text, tables and pictures: nothing is loaded from elsewhere.
 
 Its frame and its style are the template report.html; what is on the page comes from the command `report`.
 """

@@ -40,7 +40,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class LostOptions:
-    """How LOST compares patches; the defaults are the original's.
+    """The options of LOST; the defaults are the original's.
 
     Attributes:
         k: patches of lowest degree that may join the seed.
@@ -192,7 +192,7 @@ def corloc(overlaps: Sequence[float], least: float = 0.5) -> float:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image for `measure`.
+    """An image for `measure`.
 
     Attributes:
         image: (3,H,W) as the model sees it; None: it could not be read, which counts as missed.
@@ -255,7 +255,7 @@ def _class_attention(layer: Layer, head: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class ShownScene:
-    """What is drawn of one image."""
+    """The parts of the picture of an image."""
 
     picture: np.ndarray  # (H,W,3) in [0, 1]
     lost: LostBox

@@ -50,7 +50,7 @@ FRAME_PANEL, FRAME_IMAGES = 224, 4  # of a frame, at most: some 1600 x 1000 pixe
 
 @dataclass(frozen=True)
 class BlockMerge:
-    """What one block did to the patches of B images; on the CPU."""
+    """The merges of one block, per patch of B images; on the CPU."""
 
     index: int
     group_in: Tensor  # (B,n) the incoming patch token that each patch is in, counted without the prefix
@@ -105,7 +105,7 @@ def _pairs(merge: Merge | None, num_prefix_tokens: int, group: Tensor) -> Tensor
 
 
 def _joined(parts: tuple[BlockMerge, ...]) -> BlockMerge:
-    """One block's merges of all parts of the images."""
+    """Join a block's merges of all parts of the images."""
     tensors = {
         name: torch.cat([getattr(part, name) for part in parts]) for name in ("group_in", "group", "size", "pairs")
     }
@@ -140,7 +140,7 @@ def token_scores(layer: Layer) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class MergedTokensResult:
-    """What every block did to the patches of a few images.
+    """The merges of every block, per patch of a few images.
 
     Attributes:
         method, r: the merging, r as a command line writes it.
@@ -312,7 +312,7 @@ class _Drawing:
         return cls(result, names, drawn, scales)
 
     def panel(self, view: str, block: BlockMerge, image: int, cell: int) -> np.ndarray:
-        """One view of one image in one block."""
+        """Draw a view of an image in a block."""
         grid, pictures = self.result.grid, self.result.pictures
         before, after = block.group_in[image].view(grid).numpy(), block.group[image].view(grid).numpy()
         if view == "groups":

@@ -115,7 +115,7 @@ class Probes(NamedTuple):
 
 @dataclass(frozen=True)
 class ReconstructionResult:
-    """What the tokens of one model know of the pixels and the position of their patches.
+    """The knowledge that a model's tokens hold of the pixels and the position of their patches.
 
     Attributes:
         cut: the norm above which a patch is an outlier.
@@ -258,7 +258,7 @@ def summarise(result: ReconstructionResult) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """What the pixel probe of a result makes of some images."""
+    """Reconstruct some images with the pixel probe of a result."""
 
     images: Tensor  # (B,3,H,W) as the model sees them
     decoded: Tensor  # (B,3,H,W) the same from tokens

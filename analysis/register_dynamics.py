@@ -47,7 +47,7 @@ _MASKED = 4  # destinations that the published code takes for its registers
 
 @dataclass(frozen=True)
 class RuleOutput:
-    """What a model under a rule says, and what became of its registers."""
+    """The predictions of a model under a rule, and the fate of its registers."""
 
     logits: Tensor  # (B,classes)
     alone: Tensor  # (B,depth) registers that still stand alone in a token after every block
@@ -245,7 +245,7 @@ def error_percent(values: Tensor) -> float:
 
 @dataclass
 class DynamicsResult:
-    """One model under all rules and schedules.
+    """A model under all rules and schedules.
 
     Attributes:
         registers: R.

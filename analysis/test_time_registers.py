@@ -108,7 +108,7 @@ def _jumps(table: NormTable) -> list[float]:
 
 
 def summarise_neurons(found: FoundNeurons) -> dict[str, Any]:
-    """What neurons.json holds."""
+    """The content of neurons.json."""
     ranking = found.ranking
     return {
         "neurons": {str(block): units for block, units in ranking.by_block().items()},
@@ -243,7 +243,7 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class ShiftResult:
-    """One model before and after, with controls, by the names in the figure."""
+    """A model before and after, with controls, by the names in the figure."""
 
     label: str
     cut: float  # the norm above which a patch is an outlier

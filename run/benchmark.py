@@ -97,7 +97,7 @@ UNTIMED = "no row of --results is timed in this run; give --models, --num_regist
 
 @dataclass(frozen=True)
 class BenchmarkSetting:
-    """What all models have in common that take turns in the same rounds."""
+    """The setting that all models share which take turns in the same rounds."""
 
     model: str
     phase: str
@@ -109,7 +109,7 @@ class BenchmarkSetting:
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the models that take turns.
+    """A model that takes turns with others.
 
     Attributes:
         describe: what a row of the result says about it.
@@ -437,7 +437,7 @@ def match_accuracies(rows: Sequence[dict[str, Any]], places: Sequence[str]) -> l
 
 
 def merges_as(model: str, merge: Mapping[str, Any], tokens: Sequence[int]) -> tuple[Any, ...]:
-    """What an accuracy and a speed must have in common: the model, tokens after every block and all but r of `merge`.
+    """The key that joins accuracy and speed: model, tokens after every block, and all of `merge` but r.
 
     Where nothing merges the method does not matter.
     """

@@ -110,7 +110,7 @@ def measure(args: Namespace) -> list[dict[str, Any]]:
 
 
 def main_arguments(args: Namespace) -> Namespace:
-    """What main.py's options for data and precision would be."""
+    """Return main.py's options for data and precision."""
     flags = ["--eval", "--no_pretrained"]
     for name in ("dataset", "data_path", "limit", "batch_size", "num_workers", "device", "amp"):
         if getattr(args, name) is not None:

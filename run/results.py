@@ -31,7 +31,7 @@ from utils import table
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule of one result.json: `values` is the row as it stands there, `merge` that of the whole file."""
+    """A schedule of a result.json: `values` is the row as it stands there, `merge` that of the whole file."""
 
     label: str
     model: str

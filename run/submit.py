@@ -69,7 +69,7 @@ class RunFailed(RuntimeError):
 
 
 class Rank:
-    """One process of a job, which submitit pickles and calls in every task.
+    """A process of a job, which submitit pickles and calls in every task.
 
     While main.py trains, its own handlers save on a signal and it returns 75 on all ranks. Only then rank 0 raises
     submitit's signal, so that submitit counts the timeouts, calls `checkpoint` and requeues, once.
@@ -469,7 +469,7 @@ def report(job: Any, results: Results, state: str) -> int:
 
 
 def _error_log(job: Any, rank: int) -> str:
-    """What main.py wrote to a rank's error log, without submitit's lines and traceback; its own error alone, if any."""
+    """Return a rank's error log without submitit's lines and traceback; main.py's own error alone, if any."""
     path = job.task(rank).paths.stderr
     text = path.read_text(errors="replace") if path.exists() else ""
     text = text.partition("submitit ERROR")[0] or text

@@ -169,7 +169,7 @@ def _block_list(text: str) -> tuple[int, ...]:
 
 
 def build_parser() -> Parser:
-    """One sub-command a picture; what it does not know goes to main.py's parser."""
+    """Make the parser, a sub-command a picture; flags that it does not know go to main.py's parser."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="visualize.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
