@@ -68,7 +68,7 @@ class MergeConfig:
         """A setting of the method; None for one that only other methods have."""
         if name.startswith("__") or "rule" not in self.__dict__:
             raise AttributeError(name)
-        if hasattr(self.rule, name) and name in self.rule.knobs():
+        if name in self.rule.knobs():
             return getattr(self.rule, name)
         if name in all_knobs():
             return None

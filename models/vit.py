@@ -268,10 +268,11 @@ class MergingViT(VisionTransformer):
             r: another schedule than the model's, in any form of `MergeConfig.r`.
             trace: return a `MergeOutput`.
         """
+        schedule = None if r is None else parse_schedule(r)
         tokens = self.embed(images, follow=trace)
-        plan = self.plan(r, tokens.x.shape[1])
-        if r is not None and not torch.compiler.is_compiling():
-            warn_if_clamped(self.merge, plan, parse_schedule(r))
+        plan = self.plan(schedule, tokens.x.shape[1])
+        if schedule is not None and not torch.compiler.is_compiling():
+            warn_if_clamped(self.merge, plan, schedule)
         layers = self.layers(tokens, plan)
         del tokens  # else the patch embedding would stay in memory through all blocks
         groups: list[Tensor] = []

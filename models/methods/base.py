@@ -106,13 +106,12 @@ class Method:
     min_tokens: int = knob(0, "smallest number of tokens, with prefix, that a merge may leave", low=0)
 
     def __post_init__(self) -> None:
-        knobs = self.knobs().values()
-        for setting in knobs:
-            setting.check(getattr(self, setting.name))
+        chosen = [(setting, getattr(self, setting.name)) for setting in self.knobs().values()]
+        for setting, value in chosen:
+            setting.check(value)
         # kept for `check_depth`, which every forward calls
-        limits = {knob.name: getattr(self, knob.name) for knob in knobs if knob.is_layer}
-        limits = {name: value for name, value in limits.items() if value != self.knobs()[name].default}
-        object.__setattr__(self, "_layer_settings", tuple(limits.items()))
+        layers = [(knob.name, value) for knob, value in chosen if knob.is_layer and value != knob.default]
+        object.__setattr__(self, "_layer_settings", tuple(layers))
 
     @classmethod
     def knobs(cls) -> dict[str, Knob]:
