@@ -20,8 +20,9 @@ import socket
 import sys
 import tarfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -64,6 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     }
 }
 DIGITS_MEAN, DIGITS_STD = (0.3097,) * 3, (0.3490,) * 3  # of its training images at 32 pixels
+WHOLE_PIXELS = 32  # inputs up to this size show the whole image, without a crop
 MAX_TRIES = 100  # unreadable images in a row before training stops
 REPEATS = 3  # copies of an image under repeated augmentation, as in DeiT
 WORKER_GRACE = 60  # seconds a worker outlives SIGTERM
@@ -590,9 +592,9 @@ def build_transform(args: Namespace, config: DataConfig, train: bool, whole: boo
     Raises:
         UserError: timm does not know an augmentation.
     """
-    shift = math.ceil(config.input_size / 16) if whole else 4 if config.input_size <= 32 else None
     if not train:
-        return _eval_transform(config, shift is not None)
+        return _eval_transform(config)
+    shift = math.ceil(config.input_size / 16) if whole else 4 if config.input_size <= WHOLE_PIXELS else None
     try:
         return _three_augment(args, config) if args.three_augment else _deit_transform(args, config, shift)
     except (AssertionError, KeyError, ValueError, IndexError) as error:
@@ -600,8 +602,8 @@ def build_transform(args: Namespace, config: DataConfig, train: bool, whole: boo
         raise UserError(f"timm refuses one of {flags} ({error}); --aa none --remode pixel are safe") from error
 
 
-def _eval_transform(config: DataConfig, whole: bool) -> T.Compose:
-    size = config.input_size if whole else math.floor(config.input_size / config.crop_pct)
+def _eval_transform(config: DataConfig) -> T.Compose:
+    size = math.floor(config.input_size / config.crop_pct)
     resize = T.Resize(size, T.InterpolationMode(config.interpolation))
     return T.Compose([resize, T.CenterCrop(config.input_size), T.ToTensor(), T.Normalize(config.mean, config.std)])
 
@@ -663,10 +665,23 @@ class Data:
     notes: tuple[str, ...] = ()
 
 
-def with_own_normalisation(config: DataConfig, dataset: str) -> DataConfig:
-    """Return a model's preprocessing with the mean and std of a data set for which no weights are published."""
-    normalisation = DATASETS[dataset].normalisation
-    return config if normalisation is None else replace(config, mean=normalisation[0], std=normalisation[1])
+def with_own_preprocessing(config: DataConfig, dataset: str) -> DataConfig:
+    """Return a model's preprocessing as changed by a data set for which no weights are published: mean, std, crop."""
+    info = DATASETS[dataset]
+    if info.normalisation is not None:
+        config = replace(config, mean=info.normalisation[0], std=info.normalisation[1])
+    return replace(config, crop_pct=1.0) if info.whole else config
+
+
+def with_classes(data: Data, names: Sequence[str]) -> Data:
+    """Number the labels of the validation split as `names` does, which hold all classes of the data and more."""
+    numbers = np.array([names.index(name) for name in data.class_names])
+    val = copy(data.val)
+    val.targets = numbers[data.val.targets]
+    absent = len(names) - len(data.class_names)
+    note = f"{absent} of the checkpoint's {len(names)} classes are not in the data"
+    labels = {"class_names": tuple(names), "num_classes": len(names)}
+    return replace(data, val=val, notes=(*data.notes, *([note] if absent else [])), **labels)
 
 
 def build_data(args: Namespace, config: DataConfig) -> Data:
@@ -675,14 +690,14 @@ def build_data(args: Namespace, config: DataConfig) -> Data:
     Raises:
         UserError: the data set is missing, odd or empty.
     """
-    config, whole = with_own_normalisation(config, args.dataset), DATASETS[args.dataset].whole
+    whole = DATASETS[args.dataset].whole
     splits = open_splits(args, config.input_size)
     train = None
     if splits.train is not None:
         transform = build_transform(args, config, train=True, whole=whole)
         indices = _limited(splits.train, "train", args)
         train = ImageSet(splits.train, transform, config.input_size, indices, MAX_TRIES)
-    transform = build_transform(args, config, train=False, whole=whole)
+    transform = build_transform(args, config, train=False)
     val = ImageSet(splits.val, transform, config.input_size, _limited(splits.val, "val", args))
     names = splits.class_names
     return Data(train, val, len(names), names, args.dataset, config, splits.notes)

@@ -28,7 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import Batch, EvalLoader, TrainLoader
 from distributed import Distributed, all_reduce_sum, any_rank, gather_names, max_over_ranks
 from models.errors import UserError
+from models.schedule import format_schedule
 from utils import Progress, RunError, StopSignal, compile_model, log, seed_all
+
+EMA_GAMMA = 9.0  # of the average's warm-up, as in TensorFlow's (1 + t) / (10 + t)
 
 
 class LossFn(Protocol):
@@ -101,13 +104,13 @@ class RunControl:
         stop: a signal's request, which the ranks exchange; None: nobody listens to signals.
         unreadable: where unreadable images are counted; None: they are not reported.
         max_nonfinite: steps that may be skipped before the run stops.
-        log_every: updates, or batches of an evaluation, between two lines of progress.
+        log_every: updates, or batches of an evaluation, between two lines of progress; None is `Progress`'s own.
     """
 
     stop: StopSignal | None = None
     unreadable: UnreadableImages | None = None
     max_nonfinite: int = 10
-    log_every: int = 10
+    log_every: int | None = None
 
     @property
     def stop_requested(self) -> bool:
@@ -175,6 +178,7 @@ class Learner:
     clip_grad: float | None = None
     accumulation: int = 1
     seed: int = 0
+    ema_updates: int | None = 0  # done so far; None: the decay stays constant, as in runs before there was a warm-up
 
     @property
     def lr(self) -> float:
@@ -202,6 +206,7 @@ class Learner:
         return {
             "model": self.module.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "ema_updates": self.ema_updates,
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": scheduler_state(self.scheduler),
             "scaler": self.precision.scaler.state_dict(),
@@ -215,9 +220,10 @@ class Learner:
         """
         self.optimizer.load_state_dict(state["optimizer"])
         load_scheduler_state(self.scheduler, state["lr_scheduler"])
+        ema = state.get("model_ema")
         if self.ema is not None:  # a run that kept no average starts one from its weights
-            ema = state.get("model_ema")
             self.ema.module.load_state_dict(state["model"] if ema is None else ema)
+            self.ema_updates = self.ema_updates if ema is None else state.get("ema_updates")
         if state.get("scaler"):  # a run without fp16 has left none
             self.precision.scaler.load_state_dict(state["scaler"])
 
@@ -290,7 +296,8 @@ class Learner:
         scaler.step(self.optimizer)
         scaler.update()
         if self.ema is not None:
-            self.ema.update(self.module)
+            self.ema_updates = None if self.ema_updates is None else self.ema_updates + 1
+            self.ema.update(self.module, self.ema_updates)
 
     def gradients_finite(self) -> bool:
         """Tell whether all gradients are finite; fp16's scaler looks itself (an overflow is part of its search)."""
@@ -444,12 +451,12 @@ def evaluate(
             together before every batch, and a stop on any of them returns None.
 
     Raises:
-        RunError: too many unreadable images.
+        RunError: too many unreadable images, or outputs that are not finite.
     """
     control = control or RunControl()
     model.eval()
-    # correct@1, correct@5, loss, agree, kl, per schedule; then images and readable images
-    sums = torch.zeros(len(schedules), 5, dtype=torch.double, device=dist.device)
+    # correct@1, correct@5, loss, agree, kl, images without finite logits, per schedule; then images and readable images
+    sums = torch.zeros(len(schedules), 6, dtype=torch.double, device=dist.device)
     counts = torch.zeros(2, dtype=torch.double, device=dist.device)
     names: list[str] = []
     progress = Progress(loader, len(loader), title, control.log_every, dist.is_main)
@@ -475,14 +482,21 @@ def evaluate(
     names = gather_names(names)
     if control.unreadable is not None and names:
         control.unreadable.report(names)
+    if sums[:, 5].any():
+        row = int(sums[:, 5].argmax())
+        at = "" if schedules[row] is None else f" at r={format_schedule(schedules[row])}"
+        raise RunError(
+            f"{title}: the model's outputs are NaN or infinite for {int(sums[row, 5])} of {int(counts[1])} images{at}; "
+            "its weights are damaged or its training diverged (lower --lr, set --clip_grad), or --amp fp16 overflows"
+        )
     return [_scores(row, counts, agreement) for row in sums]
 
 
 def _score(logits: Tensor, targets: Tensor, valid: Tensor, dense: Tensor | None) -> Tensor:
-    """Sum correct@1, correct@5, loss, agree and kl over the readable images of a batch."""
+    """Sum correct@1, correct@5, loss, agree, kl and rows that are not finite over the readable images of a batch."""
     logits, targets = logits[valid].double(), targets[valid]
     if not len(logits):
-        return torch.zeros(5, dtype=torch.double, device=logits.device)
+        return torch.zeros(6, dtype=torch.double, device=logits.device)
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     loss = F.cross_entropy(logits, targets, reduction="sum")
     agree, kl = loss.new_zeros(()), loss.new_zeros(())
@@ -490,12 +504,13 @@ def _score(logits: Tensor, targets: Tensor, valid: Tensor, dense: Tensor | None)
         other = dense[valid].double()
         agree = (other.argmax(1) == logits.argmax(1)).sum().double()
         kl = F.kl_div(logits.log_softmax(1), other.log_softmax(1), reduction="sum", log_target=True)
-    return torch.stack((hits[:, 0].sum().double(), hits.any(dim=1).sum().double(), loss, agree, kl))
+    nonfinite = (~logits.isfinite().all(dim=1)).sum().double()
+    return torch.stack((hits[:, 0].sum().double(), hits.any(dim=1).sum().double(), loss, agree, kl, nonfinite))
 
 
 def _scores(row: Tensor, counts: Tensor, agreement: bool) -> Scores:
     images, readable = counts.tolist()
-    correct1, correct5, loss, agree, kl = row.tolist()
+    correct1, correct5, loss, agree, kl, _ = row.tolist()
     per_image, per_readable = 1 / max(images, 1), 1 / max(readable, 1)
     return Scores(
         acc1=100 * correct1 * per_image,
@@ -585,7 +600,7 @@ def build_learner(
         groups: parameters with their weight decay and factors on the rate (`models.parameters.parameter_groups`).
     """
     module.set_grad_checkpointing(args.grad_checkpointing)  # type: ignore[operator]
-    ema = ModelEmaV3(module, decay=args.model_ema_decay) if args.model_ema else None
+    ema = build_average(args, module) if args.model_ema else None
     model: nn.Module = compile_model(module) if args.compile else module
     if dist.distributed:
         ids = [dist.device.index] if dist.device.type == "cuda" else None
@@ -606,6 +621,23 @@ def build_learner(
         clip_grad=args.clip_grad,
         accumulation=args.accumulation_steps,
         seed=args.seed,
+        ema_updates=0 if args.model_ema_warmup else None,
+    )
+
+
+def build_average(args: Namespace, module: nn.Module) -> ModelEmaV3:
+    """Build the moving average of the weights; its decay after t updates is t / (9 + t), at most the asked one.
+
+    A constant decay of 0.99996 needs 25,000 updates to forget the initial weights, more than most runs have. With the
+    warm-up the average always spans about the last ninth of the updates, be it 100 or 100,000 of them, until the asked
+    decay is reached (0.99996 after 225,000 updates, of the 375,000 of DeiT's run).
+    """
+    return ModelEmaV3(
+        module,
+        decay=args.model_ema_decay,
+        use_warmup=args.model_ema_warmup,
+        warmup_gamma=EMA_GAMMA,
+        warmup_power=1.0,
     )
 
 

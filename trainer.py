@@ -3,18 +3,19 @@
 import math
 import time
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from build import build_teacher, prepare
+from build import build_teacher, class_labels, data_record, prepare
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
 from datasets import bad_image_limit, build_eval_loader, build_train_loader, unnormalise
 from distributed import Distributed, barrier
 from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner, evaluate, train_one_epoch
+from linear_probe import init_head
 from losses import build_mixup, build_objective
 from models import UserError
 from models.parameters import freeze, parameter_groups
@@ -47,6 +48,19 @@ IGNORED_ON_RESUME = (
 )
 
 
+@dataclass(frozen=True)
+class Best:
+    """The score of the best weights so far: top-1 in %, and the loss, which decides between equal accuracies."""
+
+    accuracy: float = -1.0
+    loss: float = math.inf
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Return what is smaller for better weights."""
+        return -self.accuracy, self.loss
+
+
 class Trainer:
     """A training run and its position: `epoch` and, in micro-batches done of it, `step`.
 
@@ -57,8 +71,10 @@ class Trainer:
     def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal) -> None:
         self.args, self.dist, self.stop = args, dist, stop
         self.folder = Path(args.output_dir).expanduser() if args.output_dir else None
-        self.data, weights, self.module, precision = prepare(args, dist)
+        self.data, weights, self.module, fresh, precision = prepare(args, dist)
         self.name = weights.name
+        if weights.resumed is None:
+            init_head(self.module, fresh, self.data, args, precision, dist)
         freeze(self.module, args.train_only)
         self.train_loader = build_train_loader(args, self.data, dist.rank, dist.world)
         self.val_loader = build_eval_loader(args, self.data.val, dist.rank, dist.world)
@@ -71,7 +87,8 @@ class Trainer:
             stop, UnreadableImages(bad_image_limit(args, self.data)), args.max_nonfinite, args.log_every
         )
         self.epochs = args.epochs + args.cooldown_epochs
-        self.epoch, self.step, self.best = 0, 0, -1.0
+        self.epoch, self.step = 0, 0
+        self.best = Best()
         self.epoch_log = EpochLog()
         self.saved = ""  # the last good checkpoint, for people
         if weights.resumed is not None:
@@ -95,8 +112,10 @@ class Trainer:
             "sampler": self.data_signature(),
             "epoch_log": asdict(self.epoch_log),
             "merge": self.module.merge.as_dict(),
+            "data": data_record(self.data.config, self.data.class_names, class_labels(self.data.class_names)),
             "args": to_jsonable(self.args) | {"model": self.name},
-            "best": self.best,
+            "best": self.best.accuracy,
+            "best_loss": self.best.loss,
         }
 
     def data_signature(self) -> dict[str, int]:
@@ -115,12 +134,16 @@ class Trainer:
         Keys that DeiT's checkpoints lack keep their values of a fresh run.
         """
         check_resumable(state, path)
+        before = (state.get("args") or {}).get("opt") if isinstance(state.get("args"), dict) else None
+        if before not in (None, self.args.opt):
+            raise UserError(f"{path} was trained with --opt {before}, which cannot go on as {self.args.opt}; keep it")
         try:
             self.learner.load_state_dict(state)
         except (ValueError, KeyError) as error:
             raise UserError(f"{path} does not fit these optimizer options ({error}); use --finetune {path}") from error
         self.epoch, self.step = int(state["epoch"]), int(state.get("step", 0))
-        self.best = float(state.get("best", -1.0))
+        # an older checkpoint, which tells no loss, keeps its best.pth until the accuracy is higher
+        self.best = Best(float(state.get("best", -1.0)), float(state.get("best_loss", -math.inf)))
         self.epoch_log = EpochLog(**state.get("epoch_log", {}))
         if "rng" in state:
             set_rng_state(state["rng"])
@@ -156,14 +179,14 @@ class Trainer:
         if self.checkpoint is not None:
             self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
 
-    def _save_best(self) -> None:
-        """Write best.pth, which holds the weights that were judged: the average where there is one."""
+    def _save_best(self, weights: str) -> None:
+        """Write best.pth: the weights that won, raw or average, and what it takes to use them."""
         if self.folder is None or not self.dist.is_main:
             return
         state = self.state()
-        judged = state["model"] if state["model_ema"] is None else state["model_ema"]
-        best = {"model": judged, "epoch": self.epoch, "best": self.best, "merge": state["merge"], "args": state["args"]}
-        save_checkpoint(self.folder / "best.pth", best, keep_previous=False)
+        kept = {name: state[name] for name in ("epoch", "best", "best_loss", "merge", "data", "args")}
+        won = state["model_ema"] if weights == "average" else state["model"]
+        save_checkpoint(self.folder / "best.pth", {"model": won, "weights": weights, **kept}, keep_previous=False)
 
     # The run
 
@@ -186,9 +209,12 @@ class Trainer:
         while self.epoch < self.epochs:
             if not (self._train_epoch() and self._finish_epoch()):
                 return self._stopped()
-        log(f"done: {self.epochs} epochs, best accuracy {self.best:.3f} %")
+        log(f"done: {self.epochs} epochs, best accuracy {self.best.accuracy:.3f} %{self._best_file()}")
         self.writer.close()
         return 0
+
+    def _best_file(self) -> str:
+        return f", in {self.folder / 'best.pth'}" if self.folder else ""
 
     def _train_epoch(self) -> bool:
         """Train the rest of an epoch; False after a stop."""
@@ -218,17 +244,21 @@ class Trainer:
         ema = self._evaluate(average.module, "test EMA") if raw is not None and average is not None else None
         if raw is None or (average is not None and ema is None):
             return False
+        candidates = {"raw": Best(raw.acc1, raw.loss)}
+        if ema is not None:
+            candidates["average"] = Best(ema.acc1, ema.loss)
+        weights = min(candidates, key=lambda name: candidates[name].rank)
+        better = candidates[weights].rank < self.best.rank
+        if better:
+            self.best = candidates[weights]
         if self.dist.is_main:
-            self._log_epoch(raw, ema)
+            self._log_epoch(raw, ema, weights if better else None)
         self.learner.end_epoch(self.epoch, raw.acc1)
-        accuracy = raw.acc1 if ema is None else ema.acc1
-        better = accuracy > self.best
-        self.best = max(self.best, accuracy)
         self.epoch += 1
         self.step = 0
         self.epoch_log = EpochLog(nonfinite=self.epoch_log.nonfinite)
         if better:
-            self._save_best()
+            self._save_best(weights)
         if self.epoch % self.args.save_every == 0 or self.epoch == self.epochs:
             self.save()
         return True
@@ -252,8 +282,12 @@ class Trainer:
 
     # Logging
 
-    def _log_epoch(self, raw: Scores, ema: Scores | None) -> None:
-        """Print an epoch, and write it to log.txt and tensorboard."""
+    def _log_epoch(self, raw: Scores, ema: Scores | None, best: str | None) -> None:
+        """Print an epoch, and write it to log.txt and tensorboard.
+
+        Args:
+            best: which weights of this epoch are the best so far, raw or average; None: neither.
+        """
         line = {
             "epoch": self.epoch,
             **{f"train_{name}": value for name, value in self.epoch_log.means().items()},
@@ -265,13 +299,14 @@ class Trainer:
             "images_per_s": self.epoch_log.samples / max(self.epoch_log.seconds, 1e-9),
             "seconds": self.epoch_log.seconds,
         }
-        log("  ".join(f"{key} {value:.5g}" for key, value in line.items()))
+        text = "  ".join(f"{key} {value:.5g}" for key, value in line.items())
+        log(text + (f"  best so far: the {best} weights" if best else ""))
         for key, value in line.items():
             if key != "epoch":
                 self.writer.add_scalar(key.replace("_", "/", 1), value, self.epoch)
         self.writer.flush()
         if self.folder is not None:
-            append_json_line(self.folder / "log.txt", line)
+            append_json_line(self.folder / "log.txt", {**line, "best": best})
         if self.args.log_images and (self.epoch + 1) % self.args.log_images == 0:
             self._log_images()
 

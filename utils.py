@@ -224,7 +224,7 @@ def atomic_write(
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write an object as JSON so that a reader sees the old file or the new one, never a part."""
-    text = json.dumps(to_jsonable(obj), indent=2) + "\n"
+    text = json.dumps(to_jsonable(obj), indent=2, allow_nan=False) + "\n"
     atomic_write(Path(path), lambda file: file.write(text.encode()))
 
 
@@ -232,7 +232,7 @@ def append_json_line(path: str | Path, obj: Any) -> None:
     """Append an object as one line of JSON; a full disk raises RunError."""
     try:
         with open(path, "ab") as file:
-            file.write(json.dumps(to_jsonable(obj)).encode() + b"\n")
+            file.write(json.dumps(to_jsonable(obj), allow_nan=False).encode() + b"\n")
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from error
 
@@ -257,7 +257,12 @@ def _logged_epoch(line: bytes) -> float:
 
 
 def to_jsonable(obj: Any) -> Any:
-    """Turn args, a dataclass or a nest of them into dicts, lists, str, int, float, bool and None."""
+    """Turn args, a dataclass or a nest of them into dicts, lists, str, int, float, bool and None.
+
+    NaN and infinities become None: JSON has no word for them, and readers such as jq refuse a file that holds one.
+    """
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
     if obj is None or (isinstance(obj, (bool, int, float, str)) and type(obj).__module__ == "builtins"):
         return obj
     if isinstance(obj, argparse.Namespace):
@@ -269,7 +274,7 @@ def to_jsonable(obj: Any) -> Any:
     if isinstance(obj, (list, tuple, set, frozenset)):
         return [to_jsonable(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)]
     if isinstance(obj, (torch.Tensor, np.ndarray, np.generic)):
-        return obj.tolist()
+        return to_jsonable(obj.tolist())
     return str(obj)
 
 
@@ -353,15 +358,24 @@ def log(message: str) -> None:
 class Progress(Iterable[T]):
     """Iterate with a bar on a terminal, else with a line every `log_every` steps; quiet if not `is_main`.
 
+    By default there is a line every ten steps, and in short loops five lines in all.
+
     Ask `due` inside the loop and call `show` only then: reading a value may wait for the GPU. `start` steps of `total`
     were done before (a resumed epoch).
     """
 
     def __init__(
-        self, items: Iterable[T], total: int, title: str, log_every: int = 10, is_main: bool = True, start: int = 0
+        self,
+        items: Iterable[T],
+        total: int,
+        title: str,
+        log_every: int | None = None,
+        is_main: bool = True,
+        start: int = 0,
     ) -> None:
         self.items, self.total, self.title, self.is_main = items, total, title, is_main
-        self.log_every, self.start, self.step = max(1, log_every), start, start
+        self.log_every = log_every or max(1, min(10, total // 5))
+        self.start = self.step = start
         self._began = time.monotonic()
         self._bar: tqdm | None = None
 

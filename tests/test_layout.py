@@ -17,6 +17,7 @@ TOP_LEVEL = (
     "options",
     "build",
     "trainer",
+    "linear_probe",
     "engine",
     "losses",
     "datasets",
