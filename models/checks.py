@@ -35,7 +35,7 @@ def check_keyword(of: str, name: str, known: Sequence[str]) -> None:
     """Raise a UserError, with the nearest known ones, for a keyword that nobody knows."""
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=3)
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "beside its own it takes those of timm's VisionTransformer"
     raise UserError(f"{of} has no keyword {name}; {hint}")
 

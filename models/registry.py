@@ -52,6 +52,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 }
 NAMES = (*TIMM_NAMES, *OWN_SIZES)
 _BUILDER_KEYWORDS = ("cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict")  # of timm's builder
+FEATURE_KEYWORDS = ("features_only", "out_indices", "feature_cls")
 _MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid")
 
 
@@ -100,7 +101,8 @@ def create_model(
         merge = vit_model.merge if isinstance(vit_model, MergingViT) else MergeConfig()
     model = apply_merging(vit_model, merge, num_registers, register_layer, class_layer)
     if weights is not None:
-        load_weights(model, weights, num_classes is not None, str(checkpoint_path), name)
+        fresh_head_ok = num_classes is not None  # who names the classes may mean others than the file's
+        load_weights(model, weights, num_classes_changed_ok=fresh_head_ok, source=str(checkpoint_path), name=name)
     return model
 
 
@@ -159,11 +161,11 @@ def _check_keywords(vit: dict[str, Any]) -> None:
     """Raise a UserError for a keyword of `create_model` that has another name here, another place, or no meaning."""
     if vit.get("reg_tokens") is not None:
         raise UserError("reg_tokens would give registers position entries; write num_registers")
-    for name in ("features_only", "out_indices", "feature_cls"):
+    for name in FEATURE_KEYWORDS:
         if vit.get(name) not in (None, False):
             raise UserError(
-                f"{name} makes another kind of model: timm.create_model(name, features_only=True, out_indices=...) "
-                f"takes {', '.join(NAMES[:2])} and all our names"
+                f"{name} makes another kind of model; write timm.create_model({NAMES[0]!r}, features_only=True, "
+                "out_indices=...) with any of our names"
             )
     own = list(inspect.signature(create_model).parameters)[:-1]
     for name, value in vit.items():
@@ -286,8 +288,9 @@ def _entry(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
     """
     options = {key: value for key, value in options.items() if value is not None}
     options.pop("pretrained_model_args", None)  # timm's record of how the weights were made
-    features = {key: options.pop(key) for key in ("features_only", "out_indices", "feature_cls") if key in options}
-    config = {key: options.pop(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay") if key in options}
+    features = {key: options.pop(key) for key in FEATURE_KEYWORDS if key in options}
+    names = ["pretrained_cfg", "pretrained_cfg_overlay"]
+    config = {key: options.pop(key) for key in names if key in options}
     own_weights = pretrained and not all(isinstance(value, str) for value in config.values())
     known = config if name not in OWN_SIZES else {}
     if isinstance(options.get("merge"), dict):  # out of a config.json
@@ -297,7 +300,7 @@ def _entry(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
         _load_by_config(model, name, config, options.get("cache_dir"))
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
         model.pretrained_cfg["architecture"] = name  # what timm writes when it saves the model, and looks up again
-    return _feature_extractor(model, **features) if features else model
+    return feature_extractor(model, **features) if features else model
 
 
 def _load_by_config(model: MergingViT, name: str, config: dict[str, Any], cache_dir: Any) -> None:
@@ -318,7 +321,7 @@ def _load_by_config(model: MergingViT, name: str, config: dict[str, Any], cache_
         raise explained from error
 
 
-def _feature_extractor(
+def feature_extractor(
     model: MergingViT, features_only: bool = False, out_indices: Any = 3, feature_cls: Any = "getter"
 ) -> nn.Module:
     """timm's features_only: the model cut off after the last block asked for, which returns a list of maps."""

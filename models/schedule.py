@@ -56,7 +56,8 @@ class TokenPlan(NamedTuple):
 
     def first(self, blocks: int) -> TokenPlan:
         """The part of the first blocks."""
-        return TokenPlan(*(values[:blocks] for values in self[:4]), self.depth)  # type: ignore[arg-type]
+        merges, counts, local, asked, depth = self
+        return TokenPlan(merges[:blocks], counts[:blocks], local[:blocks], asked[:blocks], depth)
 
     @property
     def clamped(self) -> tuple[int, ...]:

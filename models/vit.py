@@ -359,8 +359,8 @@ class MergingViT(VisionTransformer):
         """The plan of a forward, and its blocks. Nobody here holds on to the patch embedding while they run."""
         if isinstance(images, torch.fx.Proxy):
             raise UserError(
-                "torch.fx cannot trace a merging model, whose shapes follow from numbers of tokens; for features use "
-                "forward_intermediates, timm's features_only or hooks on model.blocks[i], for a graph torch.export"
+                "torch.fx (create_feature_extractor) cannot trace this model, whose shapes follow from the tokens left; "
+                "use forward_intermediates, features_only or forward hooks, and torch.export for a graph"
             )
         if isinstance(r, Tensor):
             raise UserError("r, the second argument, is a schedule and not a tensor; give a mask as attn_mask=...")
@@ -519,8 +519,9 @@ class MergingViT(VisionTransformer):
     def embed_patches(self, images: Tensor) -> Tensor:
         """Patch embeddings with their positions: (B,3,H,W) -> (B,n,C)."""
         x = self.patch_embed(images)
-        grid = tuple(x.shape[1:3]) if x.ndim == 4 else None  # NHWC: a model with dynamic image size
-        x = x.flatten(1, 2) if x.ndim == 4 else x
+        grid = None
+        if self.dynamic_img_size:  # NHWC
+            grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)
         if self.pos_embed is not None:
             x = x + self._positions(grid)[:, self.num_pos_prefix :]
         return self.norm_pre(self.pos_drop(x))
@@ -540,7 +541,7 @@ class MergingViT(VisionTransformer):
         """
         x = self.embed_patches(images)
         rows, columns = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-        rule, size = self.merge.rule, torch.ones(x.shape[:2], device=x.device)
+        rule, size = self.merge.rule, x.new_ones(x.shape[:2], dtype=torch.float32)
         tokens = Tokens(x, size, 0, (rows, columns), rule.carry(x, (rows, columns)))
         if not follow and not rule.spatial:
             return tokens
@@ -584,18 +585,16 @@ class MergingViT(VisionTransformer):
     def enter(self, layer: int, tokens: Tokens) -> Tokens:
         """Insert the prefix tokens whose layer this is, at their positions in [class, distillation, registers]."""
         present, batch = tokens.num_prefix_tokens, tokens.x.shape[0]
-        parts = [tokens.x[:, :present], tokens.x[:, present:]]
-        entering = 0
+        prefix, entering = [tokens.x[:, :present]] if present else [], 0
         if layer == self.class_layer and self.cls_token is not None:
-            parts.insert(0, self._prefix_tokens(0, self.num_class_tokens, batch))
+            prefix.insert(0, self._prefix_tokens(0, self.num_class_tokens, batch))
             entering += self.num_class_tokens
         if layer == self.register_layer and self.reg_token is not None:
-            # class tokens that are here already stay in front of the registers
-            parts.insert(len(parts) - 1, self._prefix_tokens(self.num_class_tokens, self.num_prefix_tokens, batch))
+            prefix.append(self._prefix_tokens(self.num_class_tokens, self.num_prefix_tokens, batch))
             entering += self.num_registers
         if not entering:
             return tokens
-        return tokens.with_prefix(torch.cat([part for part in parts if part.shape[1]], dim=1), entering)
+        return tokens.with_prefix(torch.cat([*prefix, tokens.x[:, present:]], dim=1), entering)
 
     def _prefix_tokens(self, start: int, stop: int, batch: int) -> Tensor:
         """Prefix tokens [start, stop) with their position entries, as (B, stop - start, C)."""
@@ -617,6 +616,7 @@ class MergingViT(VisionTransformer):
         logits = self.head(pooled)
         if pooled_dist is None:
             return logits, logits, None
+        assert self.head_dist is not None
         logits_dist = self.head_dist(pooled_dist)
         return (logits + logits_dist) / 2, logits, logits_dist
 

@@ -84,8 +84,9 @@ def read_weights(file: str | pathlib.Path, *, ema: bool = False) -> StateDict:
             with torch.serialization.safe_globals(_SAFE_TYPES):
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly any type on foreign bytes, safetensors one of its own
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"cannot read weights from {file}: {why}") from error
+        held = re.search(r"GLOBAL ([\w.]*\w) ", str(error))  # what a pickle would call
+        why = f"it holds the Python object {held[1]}" if held else "it is damaged, or no such file"
+        raise UserError(f"cannot read {file}: {why}; give a .safetensors file or a saved state_dict()") from error
     return extract_state_dict(checkpoint, ema=ema, source=str(file))[0]
 
 
@@ -184,7 +185,9 @@ def load_weights(
         UserError: anything else is missing, left over or of another shape; a fresh head that is not allowed; NaN or
             infinite values.
     """
-    weights, report = fit_weights(model, state_dict, num_classes_changed_ok, source, name)
+    weights, report = fit_weights(
+        model, state_dict, num_classes_changed_ok=num_classes_changed_ok, source=source, name=name
+    )
     model.load_state_dict(weights, strict=True)
     return report
 
@@ -192,6 +195,7 @@ def load_weights(
 def fit_weights(
     model: "MergingViT",
     state_dict: Mapping[str, Tensor],
+    *,
     num_classes_changed_ok: bool = True,
     source: str = "the checkpoint",
     name: str = "the model",
