@@ -2,6 +2,8 @@
 
 import warnings
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from datasets import Data, DataConfig, build_data, with_own_normalisation
 from distributed import Distributed
 from engine import Precision, build_precision
 from models import MergingViT, UserError, create_model
+from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import format_schedule
@@ -78,7 +81,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         registers = tensors["reg_token"].shape[1]
     if weights.stored is not None and register_layer is None and registers:
         register_layer = weights.stored.get("register_layer")
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
         warnings.simplefilter("always", UserWarning)
         model = create_model(
             weights.name,
@@ -103,6 +106,16 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
     elif weights.pretrained and model.num_classes != 1000 and not args.eval:
         log(f"{weights.name}: published weights; the head is fresh, for {num_classes} classes")
     return model
+
+
+@contextmanager
+def _ways_out_in_flags() -> Iterator[None]:
+    """Turn the advice of a model without weights, which is for Python, into flags."""
+    try:
+        yield
+    except NoWeightsError as error:
+        advice = "give --finetune FILE (weights you have), or --no_pretrained to start from random weights"
+        raise UserError(f"{error.problem}; {advice}") from error
 
 
 def build_config(args: Namespace, name: str) -> DataConfig:
