@@ -359,7 +359,7 @@ class MergingViT(VisionTransformer):
         """The plan of a forward, and its blocks. Nobody here holds on to the patch embedding while they run."""
         if isinstance(images, torch.fx.Proxy):
             raise UserError(
-                "torch.fx (create_feature_extractor) cannot trace this model, whose shapes follow from the tokens left; "
+                "torch.fx (create_feature_extractor) cannot trace this model: its shapes follow from the tokens left; "
                 "use forward_intermediates, features_only or forward hooks, and torch.export for a graph"
             )
         if isinstance(r, Tensor):

@@ -237,7 +237,7 @@ def test_a_wrong_schedule_is_refused_and_changes_nothing(r: Any) -> None:
 
 def test_a_schedule_beyond_what_there_is_warns() -> None:
     model = ours(MergeConfig(r=2))
-    with pytest.warns(UserWarning, match="r=9 is more than some blocks can merge"):
+    with pytest.warns(UserWarning, match="r=9 is more than can merge: 8 of 9 in block 0"):
         model.r = 9
 
 
