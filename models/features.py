@@ -22,20 +22,22 @@ class Intermediate(NamedTuple):
     prefix: Tensor  # (B,P,C), those present in the block
 
 
-def attach_sizes(x: Tensor, size: Tensor) -> Tensor:
-    """Features (B,M,C) that know the patches (B,M) each token stands for, as their attribute `token_sizes`.
+def attach_sizes(x: Tensor, tokens: Tokens) -> Tensor:
+    """Features (B,M,C) of some tokens, that know the patches (B,M) each stands for: their attribute `token_sizes`.
 
     timm's `forward_head` takes a tensor and nothing else. What is computed from these features does not have the
     attribute, so a head that needs sizes and was given something else can tell.
     """
-    x.token_sizes = size  # type: ignore[attr-defined]
+    x.token_sizes, x.tokens_merged = tokens.size, tokens.sizes_differ  # type: ignore[attr-defined]
     return x
 
 
-def attached_sizes(x: Tensor) -> Tensor | None:
-    """The sizes (B,M) that go with features (B,M,C); None where there are none."""
+def attached_sizes(x: Tensor) -> tuple[bool, Tensor | None]:
+    """Whether features (B,M,C) know their sizes, and the sizes (B,M); None if nothing has merged."""
     size = getattr(x, "token_sizes", None)
-    return size if size is not None and size.shape == x.shape[:2] else None
+    if size is None or size.shape != x.shape[:2]:
+        return False, None
+    return True, size if getattr(x, "tokens_merged", True) else None
 
 
 def dense_intermediate(tokens: Tokens, x: Tensor, output_fmt: str) -> Intermediate:

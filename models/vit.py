@@ -421,16 +421,18 @@ class MergingViT(VisionTransformer):
 
     def _sizes(self, x: Tensor, size: Tensor | None) -> Tensor | None:
         """The sizes (B,M) of tokens as pooling needs them; None: it needs none, or all are 1."""
-        tokens, dense = x.shape[1], self.patch_embed.num_patches + self.num_prefix_tokens
-        if size is not None and size.shape != x.shape[:2]:
-            raise UserError(f"size must be {tuple(x.shape[:2])}, one number per token, not {tuple(size.shape)}")
         if self.attn_pool is None and self.global_pool not in ("avg", "avgmax"):
             return None
-        # M tell that nothing merged where all images have the size of the model, or where the method never merges
+        if size is not None:
+            if size.shape != x.shape[:2]:
+                raise UserError(f"size must be {tuple(x.shape[:2])}, one number per token, not {tuple(size.shape)}")
+            return size
+        tokens, dense = x.shape[1], self.patch_embed.num_patches + self.num_prefix_tokens
+        # M tells that nothing merged where all images have the size of the model, or where the method never merges
         if (tokens == dense and not self.dynamic_img_size) or self.merge.method == "none":
             return None
-        size = attached_sizes(x) if size is None else size
-        if size is None:
+        known, size = attached_sizes(x)
+        if not known:
             pool = "attention" if self.attn_pool is not None else self.global_pool
             raise UserError(
                 f"{pool} pooling counts a token as often as the patches it stands for, and these {tokens} tokens do "
@@ -488,7 +490,7 @@ class MergingViT(VisionTransformer):
         return intermediates if intermediates_only else (self._features(tokens), intermediates)
 
     def _features(self, tokens: Tokens) -> Tensor:
-        return attach_sizes(self.norm(tokens.x), tokens.size)
+        return attach_sizes(self.norm(tokens.x), tokens)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
