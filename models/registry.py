@@ -312,6 +312,8 @@ def _load_by_config(model: MergingViT, name: str, config: dict[str, Any], cache_
     try:
         resolved = resolve_pretrained_cfg(timm_name(name), **config).to_dict()
         source = str(next((resolved[key] for key in ("file", "hf_hub_id", "url") if resolved.get(key)), "the weights"))
+        if resolved.get("file") and not Path(source).exists():
+            raise UserError(f"{source}, which is to be loaded into {name}, is not there")
         with quick_when_offline():
             load_pretrained(model, resolved, model.num_classes, model.in_chans, filter_fn=fitted, cache_dir=cache_dir)
     except Exception as error:
