@@ -429,7 +429,7 @@ class MergingViT(VisionTransformer):
             return size
         tokens, dense = x.shape[1], self.patch_embed.num_patches + self.num_prefix_tokens
         # M tells that nothing merged where all images have the size of the model, or where the method never merges
-        if (tokens == dense and not self.dynamic_img_size) or self.merge.method == "none":
+        if (tokens == dense and self.patch_embed.strict_img_size) or self.merge.method == "none":
             return None
         known, size = attached_sizes(x)
         if not known:
@@ -521,9 +521,8 @@ class MergingViT(VisionTransformer):
     def embed_patches(self, images: Tensor) -> Tensor:
         """Patch embeddings with their positions: (B,3,H,W) -> (B,n,C)."""
         x = self.patch_embed(images)
-        grid = None
-        if self.dynamic_img_size:  # NHWC
-            grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)
+        grid = tuple(x.shape[1:3]) if x.ndim == 4 else None  # NHWC: a model with dynamic image size
+        x = x.flatten(1, 2) if x.ndim == 4 else x
         if self.pos_embed is not None:
             x = x + self._positions(grid)[:, self.num_pos_prefix :]
         return self.norm_pre(self.pos_drop(x))
