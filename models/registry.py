@@ -29,6 +29,7 @@ from torch import nn
 from .checks import VIT_KEYWORDS, check_image_size, check_keyword
 from .config import MergeConfig
 from .errors import NoWeightsError, UserError
+from .methods import all_knobs
 from .schedule import is_int
 from .vit import MergingViT, apply_merging
 from .weights import extract_state_dict, fit_weights, load_weights, read_weights
@@ -168,6 +169,9 @@ def _check_keywords(vit: dict[str, Any]) -> None:
                 "out_indices=...) with any of our names"
             )
     own = list(inspect.signature(create_model).parameters)[:-1]
+    for name in vit:
+        if name in ("method", "r", "activate_layers", *all_knobs()):
+            raise UserError(f"create_model has no keyword {name}; write merge=MergeConfig({name}=...)")
     for name, value in vit.items():
         if value is not None:
             check_keyword("create_model", name, [*own, *VIT_KEYWORDS, *_BUILDER_KEYWORDS])

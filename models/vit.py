@@ -27,6 +27,7 @@ from .schedule import (
     BlockPlan,
     Schedule,
     TokenPlan,
+    format_schedule,
     parse_schedule,
     stacklevel_of_caller,
     token_plan,
@@ -205,7 +206,8 @@ class MergingViT(VisionTransformer):
 
     def extra_repr(self) -> str:
         """Method, schedule and registers, which `repr(model)` shows."""
-        settings = {"method": self.merge.method, "r": self.merge.r, "num_registers": self.num_registers}
+        r = format_schedule(self.merge.r)
+        settings = {"method": self.merge.method, "r": r, "num_registers": self.num_registers}
         return ", ".join(f"{name}={value}" for name, value in settings.items())
 
     @property

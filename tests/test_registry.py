@@ -170,6 +170,7 @@ def test_unsupported_families_are_named(name: str) -> None:
         ({"img_size": (192, 250)}, r"img_size \(192, 250\) is not a multiple of the patches of 16 pixels"),
         ({"img_size": "x"}, "number of pixels > 0, or .height, width., not 'x'"),
         ({"drop_pth_rate": 0.1}, "create_model has no keyword drop_pth_rate; did you mean drop_path_rate"),
+        ({"r": 16}, r"write merge=MergeConfig\(r=...\)"),
         ({"num_clases": 3}, "did you mean num_classes or no_embed_class"),
         ({"features_only": True}, r"timm.create_model\('deit_tiny', features_only=True"),
         ({"pretrained": True, "checkpoint_path": "w.pth"}, "not both"),
