@@ -29,6 +29,7 @@ def attach_sizes(x: Tensor, tokens: Tokens) -> Tensor:
     attribute, so a head that needs sizes and was given something else can tell.
     """
     x.token_sizes, x.tokens_merged = tokens.size, tokens.sizes_differ  # type: ignore[attr-defined]
+    x.num_prefix_tokens = tokens.num_prefix_tokens  # type: ignore[attr-defined]
     return x
 
 

@@ -192,6 +192,9 @@ def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionT
     try:
         if name in OWN_SIZES:
             vit: Any = VisionTransformer(**(OWN_SIZES[name] | options))
+            size, parts = vit.patch_embed.img_size, {"first_conv": "patch_embed.proj", "classifier": "head"}
+            cfg = PretrainedCfg(input_size=(vit.in_chans, *size), num_classes=vit.num_classes, **parts)
+            vit.pretrained_cfg = vit.default_cfg = cfg.to_dict()  # timm's for its own
         else:
             with quick_when_offline() if pretrained or _is_saved(name) else nullcontext():
                 vit = timm.create_model(timm_name(name), pretrained=pretrained, **options)
@@ -297,6 +300,8 @@ def _entry(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
     config = {key: options.pop(key) for key in names if key in options}
     own_weights = pretrained and not all(isinstance(value, str) for value in config.values())
     known = config if name not in OWN_SIZES else {}
+    if not known and isinstance(config.get("pretrained_cfg"), dict):  # of timm's own models its builder reads this
+        options.setdefault("num_classes", config["pretrained_cfg"].get("num_classes"))
     if isinstance(options.get("merge"), dict):  # out of a config.json
         options["merge"] = MergeConfig.from_dict(options["merge"])
     model = create_model(name, pretrained=pretrained and not own_weights, **known, **options)

@@ -412,6 +412,11 @@ class MergingViT(VisionTransformer):
         if x.ndim != 3 or x.shape[2] != self.embed_dim or x.shape[1] < self.num_prefix_tokens:
             wanted = f"(B,M,{self.embed_dim}) with M >= {self.num_prefix_tokens}"
             raise UserError(f"forward_head takes tokens {wanted}, not {tuple(x.shape)}")
+        if getattr(x, "num_prefix_tokens", self.num_prefix_tokens) != self.num_prefix_tokens:
+            late = f"register_layer={self.register_layer}, class_layer={self.class_layer}"
+            raise UserError(
+                f"these features are from before all prefix tokens entered ({late}); the head reads later ones"
+            )
         size = self._sizes(x, size)
         if pre_logits:
             pooled, pooled_dist = self._readouts(x, size)
@@ -429,18 +434,18 @@ class MergingViT(VisionTransformer):
             if size.shape != x.shape[:2]:
                 raise UserError(f"size must be {tuple(x.shape[:2])}, one number per token, not {tuple(size.shape)}")
             return size
+        known, size = attached_sizes(x)
+        if known:
+            return size
         tokens, dense = x.shape[1], self.patch_embed.num_patches + self.num_prefix_tokens
         # M tells that nothing merged where all images have the size of the model, or where the method never merges
         if (tokens == dense and self.patch_embed.strict_img_size) or self.merge.method == "none":
             return None
-        known, size = attached_sizes(x)
-        if not known:
-            pool = "attention" if self.attn_pool is not None else self.global_pool
-            raise UserError(
-                f"{pool} pooling counts a token as often as the patches it stands for, and these {tokens} tokens do "
-                "not say how many: give what forward_features returned as it is, or size=features.token_sizes"
-            )
-        return size
+        pool = "attention" if self.attn_pool is not None else self.global_pool
+        raise UserError(
+            f"{pool} pooling counts a token as often as the patches it stands for, and these {tokens} tokens do "
+            "not say how many: give what forward_features returned as it is, or size=features.token_sizes"
+        )
 
     def forward_intermediates(  # type: ignore[override]
         self,

@@ -153,6 +153,14 @@ def test_a_head_without_sizes_is_right_or_says_why_not(options: dict[str, Any]) 
             model.forward_head(features, size=torch.ones(2, 3))
 
 
+def test_features_from_before_the_class_token_have_no_head() -> None:
+    model = ours(MergeConfig(r=2), 2, class_layer=1, register_layer=2)
+    early, _ = model.forward_intermediates(images(), [0], stop_early=True)
+    with pytest.raises(UserError, match=r"before all prefix tokens entered \(register_layer=2, class_layer=1\)"):
+        model.forward_head(early)
+    assert torch.equal(model.forward_head(model.forward_intermediates(images())[0]), model(images()))
+
+
 def test_a_head_compiles_with_its_features() -> None:
     class Embedding(nn.Module):
         def __init__(self, model: MergingViT) -> None:

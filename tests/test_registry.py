@@ -331,11 +331,12 @@ def test_a_folder_of_ours_is_a_name(tmp_path: Path) -> None:
     assert len(timm.create_model(name, pretrained=True, features_only=True, out_indices=1)(images())) == 1
 
 
-@pytest.mark.parametrize("name", ["deit_tiny", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["deit_tiny", "deit_digits", "deit_tiny_patch16_224"])
 def test_a_folder_of_timms_is_a_name(name: str, tmp_path: Path) -> None:
     """Also of our models: timm writes the arguments that they were made with."""
-    ours: dict[str, Any] = {"num_registers": 2, "merge": MergeConfig(r=2).as_dict()} if name == "deit_tiny" else {}
+    ours: dict[str, Any] = {"num_registers": 2, "merge": MergeConfig(r=2).as_dict()} if name in NAMES else {}
     saved = randomise(timm.create_model(name, **TINY, **ours)).eval()
+    saved.reset_classifier(7)
     save_for_hf(saved, tmp_path, safe_serialization=True)
     model = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert isinstance(model, MergingViT)
