@@ -2,7 +2,8 @@
 
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, w
 from distributed import Distributed
 from engine import Precision, build_precision
 from models import MergingViT, UserError, create_model
+from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import format_schedule, parse_schedule
@@ -118,7 +120,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         registers = tensors["reg_token"].shape[1]
     if weights.stored is not None and register_layer is None and registers:
         register_layer = weights.stored.get("register_layer")
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
         warnings.simplefilter("always", UserWarning)
         model = create_model(
             weights.name,
@@ -143,16 +145,25 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         for line in report.lines():
             log(f"{weights.path}: {line}")
         fresh = report.fresh
-    elif weights.pretrained and model.num_classes != _published_classes(weights.name) and not args.eval:
+    elif weights.pretrained and _published_classes(weights.name) not in (None, model.num_classes) and not args.eval:
         log(f"{weights.name}: published weights; the head is fresh, for {num_classes} classes")
         fresh = tuple(name for name in model.state_dict() if name.split(".")[0] in ("head", "head_dist"))
     return BuiltModel(model, fresh)
 
 
-def _published_classes(name: str) -> int:
-    cfg = timm.get_pretrained_cfg(timm_name(name))
-    assert cfg is not None, "check_name comes first"
-    return cfg.num_classes
+@contextmanager
+def _ways_out_in_flags() -> Iterator[None]:
+    """Turn the advice of a model without weights, which is for Python, into flags."""
+    try:
+        yield
+    except NoWeightsError as error:
+        advice = "give --finetune FILE (weights you have), or --no_pretrained to start from random weights"
+        raise UserError(f"{error.problem}; {advice}") from error
+
+
+def _published_classes(name: str) -> int | None:
+    cfg = timm.get_pretrained_cfg(timm_name(name), allow_unregistered=True)
+    return None if cfg is None else cfg.num_classes
 
 
 def _check_merges(model: MergingViT, args: Namespace) -> None:

@@ -241,7 +241,7 @@ def test_the_average_follows_by_its_formula(warmup: bool, decay: float, decays: 
 @pytest.mark.parametrize("updates", [100, 100_000])
 def test_the_average_spans_the_last_part_of_a_run_of_any_length(updates: int) -> None:
     """The weights of the first half of a run have next to no share in its average, those of the last tenth most."""
-    ema = make_learner().ema
+    ema = make_learner("--model_ema_decay", 0.99996).ema
     assert ema is not None
     decays = np.array([ema.get_decay(step) for step in range(1, updates + 1)])
     shares = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1)  # of the weights after each update
