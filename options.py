@@ -297,6 +297,7 @@ def _run_flags(parser: Parser) -> None:
     group.add_argument(
         "--resume", metavar="FILE|auto", help="go on from a checkpoint; auto: the newest in --output_dir"
     )
+    add_boolean(group, "overwrite", False, "start anew where --output_dir holds a run, which the first save replaces")
     group.add_argument("--save_every", type=positive_int, default=1, metavar="EPOCHS")
     group.add_argument(
         "--save_every_steps", type=non_negative_int, default=0, metavar="UPDATES", help="0: at epoch ends only"
@@ -460,6 +461,8 @@ def check_rules(args: Namespace) -> None:
         raise UserError("--sam_adaptive has no effect without --sam_rho; give --sam_rho 2.0")
     if args.save_every_steps and not args.output_dir:
         raise UserError("--save_every_steps needs --output_dir to save into")
+    if args.overwrite and (args.eval or not args.output_dir):
+        raise UserError("--overwrite is about the run in --output_dir when training; leave it out")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks into --output_dir, which is not given; add it")
     if args.opt_betas and args.opt.startswith(("adam", "lamb", "nadam", "radam")) and len(args.opt_betas) != 2:

@@ -18,16 +18,13 @@ from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner
 from losses import build_mixup, build_objective
 from models import UserError
 from models.parameters import freeze, parameter_groups
+from runfolder import RunFolder, claimed
 from utils import (
     RunError,
     StopSignal,
-    append_json_line,
-    clear_stop_marker,
     log,
     tensorboard,
     to_jsonable,
-    truncate_log,
-    write_json,
     write_stop_marker,
 )
 
@@ -54,9 +51,9 @@ class Trainer:
     bit for bit the run that was never interrupted.
     """
 
-    def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal) -> None:
-        self.args, self.dist, self.stop = args, dist, stop
-        self.folder = Path(args.output_dir).expanduser() if args.output_dir else None
+    def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal, place: RunFolder) -> None:
+        self.args, self.dist, self.stop, self.place = args, dist, stop, place
+        self.folder = place.path
         self.data, weights, self.module, precision = prepare(args, dist)
         self.name = weights.name
         freeze(self.module, args.train_only)
@@ -76,7 +73,8 @@ class Trainer:
         self.saved = ""  # the last good checkpoint, for people
         if weights.resumed is not None:
             self._resume(*weights.resumed)
-        self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch or None)
+        self.first_epoch = self.epoch
+        self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch if self.epoch or place.pending else None)
 
     # What is saved, and resumed
 
@@ -151,7 +149,9 @@ class Trainer:
     def save(self) -> None:
         """Write checkpoint.pth on rank 0; the others wait, so that none runs ahead of what is safe."""
         if self.checkpoint is not None and self.dist.is_main:
+            self.place.check(now=True)
             save_checkpoint(self.checkpoint, self.state())
+        self.place.saved(self.args, self.first_epoch)
         barrier()
         if self.checkpoint is not None:
             self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
@@ -176,13 +176,12 @@ class Trainer:
         try:
             return self._fit()
         except RunError as error:
-            raise RunError(f"{error}; last good checkpoint: {self.saved or 'none'}") from error
+            saved = self.saved if Path(self.saved.partition(" (epoch ")[0]).is_file() else ""
+            go_on = "; go on with the same command and --resume auto" if saved else ""
+            raise RunError(f"{error}; last good checkpoint: {saved or 'none'}{go_on}") from error
 
     def _fit(self) -> int:
-        if self.folder is not None and self.dist.is_main:
-            write_json(self.folder / "args.json", self.args)
-            clear_stop_marker(self.folder)
-            truncate_log(self.folder / "log.txt", self.epoch)
+        self.place.begin(self.args, self.epoch)
         while self.epoch < self.epochs:
             if not (self._train_epoch() and self._finish_epoch()):
                 return self._stopped()
@@ -197,6 +196,7 @@ class Trainer:
 
         def after_step(done: int) -> None:
             self.step, self.epoch_log.seconds = done, before + time.monotonic() - began
+            self.place.check()
             every = self.args.save_every_steps * self.args.accumulation_steps
             if every and done % every == 0 and done < len(self.train_loader):
                 self.save()
@@ -213,6 +213,8 @@ class Trainer:
 
     def _finish_epoch(self) -> bool:
         """Evaluate, log, save; False after a stop, and then a resumed run evaluates first."""
+        if self.place.pending:  # what an earlier run left goes only when this one has saved
+            self.save()
         raw = self._evaluate(self.learner.model, "test")
         average = self.learner.ema
         ema = self._evaluate(average.module, "test EMA") if raw is not None and average is not None else None
@@ -270,8 +272,7 @@ class Trainer:
             if key != "epoch":
                 self.writer.add_scalar(key.replace("_", "/", 1), value, self.epoch)
         self.writer.flush()
-        if self.folder is not None:
-            append_json_line(self.folder / "log.txt", line)
+        self.place.append_log(line)
         if self.args.log_images and (self.epoch + 1) % self.args.log_images == 0:
             self._log_images()
 
@@ -288,5 +289,7 @@ class Trainer:
 
 def run_training(args: Namespace, dist: Distributed) -> int:
     """Train, evaluating the merged model after every epoch; returns the exit status."""
-    with StopSignal() as stop:  # from here on, so that a signal during the start is not lost
-        return Trainer(args, dist, stop).fit()
+    with StopSignal() as stop, claimed(args, dist) as place:  # a signal during the start is not lost
+        status = Trainer(Namespace(**{**vars(args), "resume": place.resume}), dist, stop, place).fit()
+        stop.finished = status == 0
+        return status

@@ -41,6 +41,7 @@ import main as program
 import options
 from datasets import data_root, missing_data
 from models import UserError, create_model
+from runfolder import check_unused
 from utils import INTERRUPTED_STATUS, setup_output
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,8 +86,10 @@ class Rank:
         self._environment(job)
         sys.path.insert(0, self.root)
         from main import main
-        from utils import RESUMABLE_STATUS
+        from utils import RESUMABLE_STATUS, StopSignal, die_with_launcher
 
+        StopSignal.ends_process = True
+        die_with_launcher()
         try:
             status = main(self.arguments())
         except Exception:
@@ -284,18 +287,12 @@ def check_run(main_args: Namespace, skip_data: bool = False) -> None:
     registers = {"num_registers": main_args.num_registers, "register_layer": main_args.register_layer or 0}
     if weights.state is None:  # else the checkpoint decides what fits
         create_model(weights.name, merge=merge, img_size=config.input_size, num_classes=10, **registers)
-    folder = Path(main_args.output_dir).expanduser()
-    if not main_args.eval and not _continues(main_args.resume, folder) and (folder / "checkpoint.pth").exists():
-        raise UserError(f"{folder} holds checkpoint.pth of an earlier run; add --resume auto, or name another folder")
+    if not main_args.eval:
+        check_unused(Path(main_args.output_dir).expanduser(), main_args.resume, main_args.overwrite)
     if not skip_data and main_args.dataset in ("IMNET", "IMAGENETTE", "FOLDER"):
         for split in ("val",) if main_args.eval else ("train", "val"):
             if not (data_root(main_args) / split).is_dir():
                 raise missing_data(main_args, f"{data_root(main_args) / split} does not exist")
-
-
-def _continues(resume: str | None, folder: Path) -> bool:
-    """True if --resume names the run's own checkpoint, which a requeued run may take from its folder, too."""
-    return bool(resume) and (resume == "auto" or Path(str(resume)).expanduser().resolve().parent == folder.resolve())
 
 
 # The submission

@@ -22,6 +22,8 @@ from test_utils import draw, names_in, one_line, plain_environment  # noqa: F401
 import checkpoint
 import utils
 from checkpoint import DamagedCheckpoint
+from distributed import Distributed
+from runfolder import claimed
 from utils import RunError
 
 
@@ -139,7 +141,8 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path, step, torn):
     assert in_child(save) == (9 if step == 6 else 0)  # five moments, and then it is done
     loaded, _ = checkpoint.load_resume("auto", tmp_path)
     assert_same(loaded, state(2 if step > 3 else 0 if torn else 1))
-    utils.setup_output(tmp_path, True)
+    with claimed(argparse.Namespace(output_dir=tmp_path, resume="auto", overwrite=False), Distributed("cpu")):
+        pass
     assert names_in(tmp_path) == ["checkpoint.pth", "checkpoint_prev.pth"]
     checkpoint.save_checkpoint(path, state(3))
     assert_same(checkpoint.load_checkpoint(path), state(3))

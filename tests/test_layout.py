@@ -22,6 +22,7 @@ TOP_LEVEL = (
     "datasets",
     "checkpoint",
     "distributed",
+    "runfolder",
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}
