@@ -51,6 +51,12 @@ _ALLOWED_TYPES: list[Any] = [
 
 
 _RESUME_KEYS = ("model", "optimizer", "lr_scheduler", "epoch")
+_COUNTS = ("epoch", "step")
+_RESUME_TYPES: dict[str, Any] = {
+    **dict.fromkeys(_COUNTS, int),
+    "best": (int, float),
+    **dict.fromkeys(("optimizer", "lr_scheduler", "rng", "sampler", "epoch_log"), dict),
+}
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before version 1.6
 
 
@@ -167,9 +173,18 @@ def _check_zip(file: Path) -> None:
     """Compare the checksum of every part, which torch.load does not."""
     try:
         with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+            if packed is not None or sum(entry.file_size for entry in entries) > file.stat().st_size:
+                raise DamagedCheckpoint(
+                    f"checkpoint {file} has compressed parts ({packed or 'that share their bytes'}), which torch.save "
+                    "never writes: unpacked they may fill the memory; save it anew"
+                )
             bad = archive.testzip()
             # torch reads nothing for an entry that is marked as a folder, and leaves its tensor uninitialised
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            folders = [entry.filename for entry in entries if entry.external_attr & 0x10]
+    except DamagedCheckpoint:
+        raise
     except Exception as error:  # zipfile raises nearly any type on altered bytes
         raise _damaged(file, first_line(error)) from error
     if bad is not None or folders:
@@ -250,10 +265,17 @@ def load_resume(resume: str | None, output_dir: str | Path | None) -> tuple[dict
 
 
 def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
-    """Raise UserError if a checkpoint holds weights only, from which training cannot go on."""
+    """Raise UserError if a checkpoint holds weights only, from which training cannot go on, or odd values."""
     missing = [key for key in _RESUME_KEYS if key not in state]
     if missing:
         raise UserError(f"{path} cannot resume training: it has no {', '.join(missing)}; use --finetune {path}")
+    for key, kinds in _RESUME_TYPES.items():
+        value = state.get(key, 0)
+        if key in state and (not isinstance(value, kinds) or isinstance(value, bool) or (key in _COUNTS and value < 0)):
+            raise UserError(f"{path} was altered: its {key} is {value!r:.40}; take another checkpoint")
+    counts = {"samples", "sums", "nonfinite", "seconds"}
+    if not state.get("epoch_log", {}).keys() <= counts:
+        raise UserError(f"{path} was altered: its epoch_log has {sorted(state['epoch_log'])}; take another checkpoint")
 
 
 # Random streams

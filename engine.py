@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
+from timm.scheduler import PlateauLRScheduler, TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -191,6 +191,25 @@ class Learner:
         if not isinstance(self.scheduler, PlateauLRScheduler):
             self.scheduler.step(epoch)  # type: ignore[arg-type]  # annotated as int
         return self.lr
+
+    def scale_lr(self, factor: float) -> float:
+        """Multiply the rates of the whole schedule but its floor and the start of its warm-up.
+
+        Returns:
+            The highest rate of the schedule before.
+        """
+        before = max(self.scheduler.base_values)
+        self.scheduler.base_values = [value * factor for value in self.scheduler.base_values]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+        if warmup := self.scheduler.warmup_t:  # type: ignore[attr-defined]  # every schedule of timm's has one
+            start = self.scheduler.warmup_lr_init  # type: ignore[attr-defined]
+            tanh = isinstance(self.scheduler, TanhLRScheduler)  # its warm-up meets the schedule below its top
+            tops = self.scheduler._get_lr(warmup) if tanh else self.scheduler.base_values
+            steps = [(value - start) / warmup for value in tops]
+            self.scheduler.warmup_steps = steps  # type: ignore[attr-defined]
+        return before
 
     def end_epoch(self, epoch: int, accuracy: float) -> None:
         """Tell the schedule that waits for a plateau the validation accuracy of an epoch."""

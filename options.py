@@ -297,6 +297,7 @@ def _run_flags(parser: Parser) -> None:
     group.add_argument(
         "--resume", metavar="FILE|auto", help="go on from a checkpoint; auto: the newest in --output_dir"
     )
+    add_boolean(group, "resume_anyway", False, "go on inside an epoch with another global batch, at the same image")
     add_boolean(group, "overwrite", False, "start anew where --output_dir holds a run, which the first save replaces")
     group.add_argument("--save_every", type=positive_int, default=1, metavar="EPOCHS")
     group.add_argument(
@@ -461,6 +462,8 @@ def check_rules(args: Namespace) -> None:
         raise UserError("--sam_adaptive has no effect without --sam_rho; give --sam_rho 2.0")
     if args.save_every_steps and not args.output_dir:
         raise UserError("--save_every_steps needs --output_dir to save into")
+    if args.resume_anyway and (args.eval or not args.resume):
+        raise UserError("--resume_anyway is about how --resume goes on when training; leave it out")
     if args.overwrite and (args.eval or not args.output_dir):
         raise UserError("--overwrite is about the run in --output_dir when training; leave it out")
     if args.resume == "auto" and not args.output_dir:

@@ -18,10 +18,12 @@ from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner
 from losses import build_mixup, build_objective
 from models import UserError
 from models.parameters import freeze, parameter_groups
+from resume import Sampling, continuation
 from runfolder import RunFolder, claimed
 from utils import (
     RunError,
     StopSignal,
+    first_line,
     log,
     tensorboard,
     to_jsonable,
@@ -90,22 +92,25 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "rng": rng_state() | {"objective": self.learner.objective.state_dict()},
-            "sampler": self.data_signature(),
+            "sampler": asdict(self.sampling()),
             "epoch_log": asdict(self.epoch_log),
             "merge": self.module.merge.as_dict(),
             "args": to_jsonable(self.args) | {"model": self.name},
             "best": self.best,
         }
 
-    def data_signature(self) -> dict[str, int]:
-        """Return the settings under which `step` counts the same micro-batches."""
-        return {
-            "seed": self.args.seed,
-            "batch_size": self.args.batch_size,
-            "accumulation_steps": self.args.accumulation_steps,
-            "world": self.dist.world,
-            "micro_batches": len(self.train_loader),
-        }
+    def sampling(self) -> Sampling:
+        """Return what the meaning of `step` follows from."""
+        batches = self.train_loader.batches
+        return Sampling(
+            seed=self.args.seed,
+            batch_size=self.args.batch_size,
+            accumulation_steps=self.args.accumulation_steps,
+            world=self.dist.world,
+            micro_batches=len(batches),
+            images=batches.n,
+            repeats=batches.repeats,
+        )
 
     def _resume(self, state: dict[str, Any], path: str) -> None:
         """Restore all but the model's weights, which `build_model` has loaded from the same state.
@@ -113,31 +118,41 @@ class Trainer:
         Keys that DeiT's checkpoints lack keep their values of a fresh run.
         """
         check_resumable(state, path)
+        self.epoch, self.step = state["epoch"], state.get("step", 0)
+        if self.epoch > self.epochs:
+            raise UserError(f"{path} is at epoch {self.epoch}, past the {self.epochs} of this run; give more --epochs")
         try:
             self.learner.load_state_dict(state)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} does not fit these optimizer options ({error}); use --finetune {path}") from error
-        self.epoch, self.step = int(state["epoch"]), int(state.get("step", 0))
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{path} does not fit these optimizer options ({reason}); use --finetune {path}") from error
         self.best = float(state.get("best", -1.0))
         self.epoch_log = EpochLog(**state.get("epoch_log", {}))
         if "rng" in state:
-            set_rng_state(state["rng"])
-            self.learner.objective.load_state_dict(state["rng"]["objective"])
-        self._check_data_signature(state.get("sampler"), path)
+            self._resume_streams(state["rng"], path)
+        if "sampler" in state:
+            self._carry_over(Sampling.from_dict(state["sampler"], path), path)
         self.warn_ignored_flags(state.get("args"))
         self.saved = path
         log(f"resumed {path} at epoch {self.epoch}, micro-batch {self.step}")
 
-    def _check_data_signature(self, saved: dict[str, int] | None, path: str) -> None:
-        now = self.data_signature()
-        if saved is None or saved == now:
-            return
-        changed = ", ".join(f"{key} {saved[key]} -> {value}" for key, value in now.items() if saved[key] != value)
-        if self.step:
-            raise UserError(
-                f"{path} stopped inside an epoch, which cannot go on with {changed}; keep them as they were"
-            )
-        log(f"warning: resumed with {changed}: the run goes on, but not as the unbroken one would")
+    def _resume_streams(self, state: dict[str, Any], path: str) -> None:
+        try:
+            set_rng_state(state)
+            self.learner.objective.load_state_dict(state["objective"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{path} was altered: its rng is none ({reason}); take another checkpoint") from error
+
+    def _carry_over(self, before: Sampling, path: str) -> None:
+        """Go on with other numbers of processes or batch sizes than those that a checkpoint was saved with."""
+        found = continuation(before, self.sampling(), self.step, self.args.resume_anyway, path)
+        self.step = found.step
+        for note in found.notes:
+            log(note)
+        if found.lr_factor != 1 and not self.args.unscale_lr:
+            old = self.learner.scale_lr(found.lr_factor)
+            log(f"the learning rate follows the global batch: {old:.5g} -> {old * found.lr_factor:.5g} at its highest")
 
     def warn_ignored_flags(self, saved: Any) -> None:
         """Name the flags that differ from the saved arguments and are not followed."""

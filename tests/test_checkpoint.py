@@ -207,6 +207,21 @@ def test_a_flip_in_the_weights_names_the_part(tmp_path):
     assert "wrong checksum of" in one_line(lambda: checkpoint.load_checkpoint(path), DamagedCheckpoint)
 
 
+def test_compressed_records_are_refused_before_they_are_unpacked(tmp_path):
+    torch.save({"model": torch.zeros(1000)}, tmp_path / "plain.pth")
+    bomb, copies = tmp_path / "bomb.pth", tmp_path / "copies.pth"
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in plain.infolist():
+            archive.writestr(entry.filename, plain.read(entry))
+    message = one_line(lambda: checkpoint.load_checkpoint(bomb), DamagedCheckpoint)
+    assert "has compressed parts (" in message and "save it anew" in message
+    content = bytearray((tmp_path / "plain.pth").read_bytes())
+    start = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0")) if b"archive/data/0" in content else 0
+    content[start + 24 : start + 28] = (2**31).to_bytes(4, "little")  # the unpacked size in the central directory
+    copies.write_bytes(content)
+    one_line(lambda: checkpoint.load_checkpoint(copies), DamagedCheckpoint)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_torn(tmp_path, share, legacy):

@@ -23,6 +23,7 @@ TOP_LEVEL = (
     "checkpoint",
     "distributed",
     "runfolder",
+    "resume",
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}
