@@ -39,6 +39,7 @@ class LossFn(Protocol):
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]: ...
     def start_epoch(self, epoch: int) -> None: ...
+    def start_update(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -290,12 +291,11 @@ class Learner:
             Sums of the loss and its parts over samples, at the weights themselves.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.start_update()  # all micro-batches, and both passes of sharpness, run the same schedules
         if self.sharpness is None:
             return self.gradients(group, epoch, first)
-        streams = self.objective.state_dict()  # the second pass must draw the same schedules as the first
         sums = self.gradients(group, epoch, first, sync=False)
         self.sharpness.ascend(self.precision.scaler.get_scale())
-        self.objective.load_state_dict(streams)
         self.gradients(group, epoch, first)
         self.sharpness.restore()
         return sums
