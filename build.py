@@ -19,7 +19,7 @@ from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_w
 from models.schedule import format_schedule
 from models.weights import extract_state_dict, load_weights, unwrap_state_dict
 from options import merge_config
-from utils import log, seed_all, setup_output
+from utils import log, seed_all, setup_output, without_credentials
 
 
 class Weights:
@@ -60,7 +60,7 @@ class Weights:
     @property
     def source(self) -> str:
         """Where the weights come from, for people."""
-        return str(self.path or ("timm" if self.pretrained else "random"))
+        return without_credentials(self.path or ("timm" if self.pretrained else "random"))
 
 
 def build_model(args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig) -> MergingViT:

@@ -12,19 +12,16 @@ newest whole one. A disk that lies about syncing can still leave a torn file: th
 """
 
 import argparse
-import hashlib
 import os
 import pathlib
 import random
 import re
 import shutil
-import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -32,8 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from distributed import broadcast_object
+from downloads import cached_path, fetch, is_url
 from models.errors import UserError
-from utils import atomic_write, first_line, is_main_process, log, temporary_path
+from utils import atomic_write, first_line, is_main_process, log, temporary_path, without_credentials
 
 
 class DamagedCheckpoint(UserError):
@@ -111,7 +109,27 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         UserError: it is missing, unreadable, or holds objects other than tensors and plain values (named).
         DamagedCheckpoint: it is empty, torn, altered (each part's checksum is compared) or not a checkpoint.
     """
-    file = _download(str(path)) if _is_url(path) else Path(path).expanduser()
+    return _load_url(str(path), map_location) if is_url(path) else _load_file(Path(path).expanduser(), map_location)
+
+
+def _load_url(url: str, map_location: str | torch.device) -> dict[str, Any]:
+    """Read a URL's file from the cache; what is damaged there is fetched again, once."""
+    cached = cached_path(url).exists()
+    try:
+        return _load_file(fetch(url), map_location)
+    except DamagedCheckpoint as error:
+        damage = error
+    try:
+        if not cached:
+            raise damage
+        log(f"warning: {damage}: fetching it again")
+        return _load_file(fetch(url, anew=True), map_location)
+    except DamagedCheckpoint as error:
+        cached_path(url).unlink(missing_ok=True)
+        raise UserError(f"{without_credentials(url)} serves no whole checkpoint: {error}") from error
+
+
+def _load_file(file: Path, map_location: str | torch.device) -> dict[str, Any]:
     start = _read_start(file)
     if file.suffix == ".safetensors":
         return {"model": _load_safetensors(file, map_location)}
@@ -122,31 +140,6 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise DamagedCheckpoint(f"{file} is not a checkpoint: it holds a {type(state).__name__}, not named tensors")
     bare = all(isinstance(value, torch.Tensor) for value in state.values())
     return {"model": state} if bare else state
-
-
-def _is_url(path: str | Path) -> bool:
-    return str(path).startswith(("http://", "https://"))
-
-
-def _download(url: str) -> Path:
-    """Return the path of a URL's file in torch's hub cache; the file is downloaded if it is not there.
-
-    A name with a hash in it, as DeiT's have, is kept, so that a cache filled elsewhere serves. Other names get the hash
-    of the URL, so that two files called checkpoint.pth are two files.
-    """
-    name = os.path.basename(urlparse(url).path) or "checkpoint.pth"
-    if not re.search(r"-[0-9a-f]{8,}\.", name):
-        name = f"{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}-{name}"
-    target = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), progress=sys.stderr.isatty() and is_main_process())
-    except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
-        hint = f"download it elsewhere and put it at {target}, or give a local file"
-        raise UserError(f"cannot download {url}: {first_line(error)}; {hint}") from error
-    return target
 
 
 def _read_start(file: Path) -> bytes:
@@ -261,7 +254,7 @@ def load_resume(resume: str | None, output_dir: str | Path | None) -> tuple[dict
         raise UserError(message)
     if path is None:
         return None
-    return state if state is not None else load_checkpoint(path), path
+    return state if state is not None else load_checkpoint(path), without_credentials(path)
 
 
 def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:

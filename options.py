@@ -27,7 +27,7 @@ from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import TRAIN_ONLY
 from models.registry import NAMES
 from models.schedule import parse_schedule
-from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest
+from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest, without_credentials
 
 DESCRIPTION = """\
 Finetune and evaluate Vision Transformers with register tokens and token merging.
@@ -627,5 +627,5 @@ def exit_status(program: str, run: Callable[[Sequence[str]], int | None], argv: 
 
 def _report(program: str, error: object, status: int) -> int:
     where = "error" if is_main_process() else "error on another rank"
-    print(f"{program}: {where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(without_credentials(f"{program}: {where}: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
     return status

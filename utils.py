@@ -53,6 +53,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def without_credentials(text: str) -> str:
+    """Leave user, password and query out of every URL in a text: the last may be a signature that opens the door."""
+    return re.sub(r"(https?://)(?:[^\s/?#@'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
+
+
 def nearest(name: str, choices: Iterable[str], kind: str = "name") -> str:
     """Word an unknown name in one line, with the closest of the choices and all of them."""
     options = [str(choice) for choice in choices]
@@ -305,8 +310,13 @@ def _logged_epoch(line: bytes) -> float:
 
 
 def to_jsonable(obj: Any) -> Any:
-    """Turn args, a dataclass or a nest of them into dicts, lists, str, int, float, bool and None."""
-    if obj is None or (isinstance(obj, (bool, int, float, str)) and type(obj).__module__ == "builtins"):
+    """Turn args, a dataclass or a nest of them into dicts, lists, str, int, float, bool and None.
+
+    What is published in files of a run goes through here, so that URLs lose their passwords.
+    """
+    if isinstance(obj, str):
+        return without_credentials(str(obj))
+    if obj is None or (isinstance(obj, (bool, int, float)) and type(obj).__module__ == "builtins"):
         return obj
     if isinstance(obj, argparse.Namespace):
         return to_jsonable(vars(obj))
@@ -318,7 +328,7 @@ def to_jsonable(obj: Any) -> Any:
         return [to_jsonable(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)]
     if isinstance(obj, (torch.Tensor, np.ndarray, np.generic)):
         return obj.tolist()
-    return str(obj)
+    return without_credentials(str(obj))
 
 
 # Run metadata
@@ -393,7 +403,7 @@ def log(message: str) -> None:
     """Print a line on rank 0, above a progress bar if one is shown."""
     if is_main_process():
         with tqdm.external_write_mode(file=sys.stdout):
-            print(message, flush=True)
+            print(without_credentials(message), flush=True)
 
 
 class Progress(Iterable[T]):

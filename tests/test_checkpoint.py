@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import hashlib
 import io
 import os
 import pathlib
@@ -380,8 +381,9 @@ def test_url_is_cached_by_address(server, tmp_path):
         loaded, path = checkpoint.load_resume(f"{address}/{folder}/checkpoint.pth?download=1", "")
         assert path.startswith("http://") and loaded["epoch"] == 7
     assert len(asked) == 2
-    checkpoint.load_checkpoint(f"{address}/good/deit_small_patch16_224-cd65a155.pth")
-    assert (tmp_path / "hub" / "checkpoints" / "deit_small_patch16_224-cd65a155.pth").exists()
+    digest = hashlib.sha256((tmp_path / "served.pth").read_bytes()).hexdigest()[:8]
+    checkpoint.load_checkpoint(f"{address}/good/deit_small_patch16_224-{digest}.pth")
+    assert (tmp_path / "hub" / "checkpoints" / f"deit_small_patch16_224-{digest}.pth").exists()
 
 
 def test_url_that_does_not_answer(server, tmp_path):

@@ -22,6 +22,7 @@ TOP_LEVEL = (
     "datasets",
     "checkpoint",
     "distributed",
+    "downloads",
     "runfolder",
     "resume",
     "utils",
