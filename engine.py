@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Batch, EvalLoader, TrainLoader
-from distributed import Distributed, all_reduce_sum, any_rank, gather_names, max_over_ranks
+from distributed import Distributed, all_reduce_sum, any_rank, gather_names, lost_contact, max_over_ranks
 from models.errors import UserError
 from utils import Progress, RunError, StopSignal, compile_model, log, seed_all
 
@@ -270,8 +270,7 @@ class Learner:
         except RuntimeError as error:
             if not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
                 raise
-            reason = str(error).partition("\n")[0]
-            raise RunError(f"lost contact with the other processes in a sum of gradients: {reason}") from error
+            raise lost_contact("a sum of gradients", error) from error
 
     def _move(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = batch.images.to(self.dist.device, non_blocking=True)
