@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as c10d
+from torch.distributed.rendezvous import rendezvous
 
 from models.errors import UserError
 from utils import RunError, first_line, is_initialized, nearest
@@ -181,9 +182,13 @@ def init_distributed(device: str | None = None) -> Distributed:
     with distributed_errors(f"the start of process {launch.rank} of {launch.world} at {meeting}"):
         if launch.rank:
             _wait_for_meeting_point(launch, timeout.total_seconds())
+        store, _, _ = next(rendezvous(meeting, launch.rank, launch.world, timeout=timeout))
+        store.set_timeout(timeout)
+        # torchrun starts its ranks anew on the same store, where the addresses of their dead predecessors are
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         c10d.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
-            init_method=meeting,
+            store=c10d.PrefixStore(f"attempt{attempt}of{launch.world}", store),
             rank=launch.rank,
             world_size=launch.world,
             timeout=timeout,
@@ -235,7 +240,7 @@ def plain_reason(error: BaseException) -> str:
         return f"a process on {found[1]} closed the connection" if found[1] else "another process closed the connection"
     if found := re.search(r"(?:[Tt]imed out waiting|timed out after) (\d+) ?ms", text):
         return f"no answer within {int(found[1]) / 1000:g} s"
-    return re.sub(r"^\[[^\]]*\] |(?: GLHF!.*| This is typically caused by.*)$", "", text)
+    return re.sub(r"\[[^\]]*\.cc:\d+\] |(?: GLHF!.*| This is typically caused by.*)$", "", text)
 
 
 def collective_device() -> torch.device:
