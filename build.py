@@ -23,7 +23,7 @@ from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_w
 from models.schedule import format_schedule, parse_schedule
 from models.weights import extract_state_dict, load_weights, unwrap_state_dict
 from options import merge_config
-from utils import log, seed_all, setup_output, to_jsonable
+from utils import log, seed_all, setup_output, to_jsonable, without_credentials
 
 
 class Weights:
@@ -76,7 +76,8 @@ class Weights:
         """Where the weights come from, for people."""
         kind = (self.state or {}).get("weights")  # best.pth tells which of both it holds
         kind = "average" if self.use_ema else kind
-        return str(self.path or ("timm" if self.pretrained else "random")) + (f" ({kind} weights)" if kind else "")
+        place = without_credentials(self.path or ("timm" if self.pretrained else "random"))
+        return place + (f" ({kind} weights)" if kind else "")
 
     def check_same_model(self, model: MergingViT) -> None:
         """Refuse to resume a model of other parameters than the checkpoint's, which `build_model` would adapt.

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
+from timm.scheduler import PlateauLRScheduler, TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Batch, EvalLoader, TrainLoader
-from distributed import Distributed, all_reduce_sum, any_rank, gather_names, max_over_ranks
+from distributed import Distributed, all_reduce_sum, any_rank, gather_names, lost_contact, max_over_ranks
 from models.errors import UserError
 from models.schedule import format_schedule
 from utils import Progress, RunError, StopSignal, compile_model, log, seed_all
@@ -42,6 +42,7 @@ class LossFn(Protocol):
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]: ...
     def start_epoch(self, epoch: int) -> None: ...
+    def start_update(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -196,6 +197,25 @@ class Learner:
             self.scheduler.step(epoch)  # type: ignore[arg-type]  # annotated as int
         return self.lr
 
+    def scale_lr(self, factor: float) -> float:
+        """Multiply the rates of the whole schedule but its floor and the start of its warm-up.
+
+        Returns:
+            The highest rate of the schedule before.
+        """
+        before = max(self.scheduler.base_values)
+        self.scheduler.base_values = [value * factor for value in self.scheduler.base_values]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+        if warmup := self.scheduler.warmup_t:  # type: ignore[attr-defined]  # every schedule of timm's has one
+            start = self.scheduler.warmup_lr_init  # type: ignore[attr-defined]
+            tanh = isinstance(self.scheduler, TanhLRScheduler)  # its warm-up meets the schedule below its top
+            tops = self.scheduler._get_lr(warmup) if tanh else self.scheduler.base_values
+            steps = [(value - start) / warmup for value in tops]
+            self.scheduler.warmup_steps = steps  # type: ignore[attr-defined]
+        return before
+
     def end_epoch(self, epoch: int, accuracy: float) -> None:
         """Tell the schedule that waits for a plateau the validation accuracy of an epoch."""
         if isinstance(self.scheduler, PlateauLRScheduler):
@@ -256,8 +276,7 @@ class Learner:
         except RuntimeError as error:
             if not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
                 raise
-            reason = str(error).partition("\n")[0]
-            raise RunError(f"lost contact with the other processes in a sum of gradients: {reason}") from error
+            raise lost_contact("a sum of gradients", error) from error
 
     def _move(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = batch.images.to(self.dist.device, non_blocking=True)
@@ -277,12 +296,11 @@ class Learner:
             Sums of the loss and its parts over samples, at the weights themselves.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.start_update()  # all micro-batches, and both passes of sharpness, run the same schedules
         if self.sharpness is None:
             return self.gradients(group, epoch, first)
-        streams = self.objective.state_dict()  # the second pass must draw the same schedules as the first
         sums = self.gradients(group, epoch, first, sync=False)
         self.sharpness.ascend(self.precision.scaler.get_scale())
-        self.objective.load_state_dict(streams)
         self.gradients(group, epoch, first)
         self.sharpness.restore()
         return sums

@@ -23,7 +23,7 @@ from models.registry import native_model
 from models.schedule import TokenPlan, format_schedule, parse_schedule
 from options import exit_status, parse_args
 from trainer import run_training
-from utils import compile_model, git_revision, log, to_jsonable, versions, write_json
+from utils import StopSignal, compile_model, die_with_launcher, git_revision, log, to_jsonable, versions, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,4 +130,6 @@ def add_throughput(
 
 
 if __name__ == "__main__":
+    StopSignal.ends_process = True
+    die_with_launcher()
     sys.exit(main())

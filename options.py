@@ -28,7 +28,7 @@ from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import TRAIN_ONLY
 from models.registry import NAMES
 from models.schedule import format_schedule, parse_schedule
-from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest
+from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest, without_credentials
 
 DESCRIPTION = """\
 Finetune and evaluate Vision Transformers with register tokens and token merging.
@@ -350,6 +350,8 @@ def _run_flags(parser: Parser) -> None:
     group.add_argument(
         "--resume", type=nonempty, metavar="FILE|auto", help="go on from a checkpoint; auto: the newest in --output_dir"
     )
+    add_boolean(group, "resume_anyway", False, "go on inside an epoch with another global batch, at the same image")
+    add_boolean(group, "overwrite", False, "start anew where --output_dir holds a run, which the first save replaces")
     group.add_argument("--save_every", type=positive_int, default=1, metavar="EPOCHS")
     group.add_argument(
         "--save_every_steps", type=non_negative_int, default=0, metavar="UPDATES", help="0: at epoch ends only"
@@ -546,6 +548,10 @@ def check_rules(args: Namespace) -> None:
     _check_r_evals(args)
     if args.save_every_steps and not args.output_dir:
         raise UserError("--save_every_steps needs --output_dir to save into")
+    if args.resume_anyway and (args.eval or not args.resume):
+        raise UserError("--resume_anyway is about how --resume goes on when training; leave it out")
+    if args.overwrite and (args.eval or not args.output_dir):
+        raise UserError("--overwrite is about the run in --output_dir when training; leave it out")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks into --output_dir, which is not given; add it")
     if args.opt_betas and args.opt.startswith(("adam", "lamb", "nadam", "radam")) and len(args.opt_betas) != 2:
@@ -746,5 +752,5 @@ def exit_status(program: str, run: Callable[[Sequence[str]], int | None], argv: 
 
 def _report(program: str, error: object, status: int) -> int:
     where = "error" if is_main_process() else "error on another rank"
-    print(f"{program}: {where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(without_credentials(f"{program}: {where}: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
     return status

@@ -19,16 +19,15 @@ from linear_probe import init_head
 from losses import build_mixup, build_objective
 from models import UserError
 from models.parameters import freeze, parameter_groups
+from resume import Sampling, continuation
+from runfolder import RunFolder, claimed
 from utils import (
     RunError,
     StopSignal,
-    append_json_line,
-    clear_stop_marker,
+    first_line,
     log,
     tensorboard,
     to_jsonable,
-    truncate_log,
-    write_json,
     write_stop_marker,
 )
 
@@ -68,9 +67,9 @@ class Trainer:
     bit for bit the run that was never interrupted.
     """
 
-    def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal) -> None:
-        self.args, self.dist, self.stop = args, dist, stop
-        self.folder = Path(args.output_dir).expanduser() if args.output_dir else None
+    def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal, place: RunFolder) -> None:
+        self.args, self.dist, self.stop, self.place = args, dist, stop, place
+        self.folder = place.path
         self.data, weights, self.module, fresh, precision = prepare(args, dist)
         self.name = weights.name
         if weights.resumed is None:
@@ -93,7 +92,8 @@ class Trainer:
         self.saved = ""  # the last good checkpoint, for people
         if weights.resumed is not None:
             self._resume(*weights.resumed)
-        self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch or None)
+        self.first_epoch = self.epoch
+        self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch if self.epoch or place.pending else None)
 
     # What is saved, and resumed
 
@@ -109,7 +109,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "rng": rng_state() | {"objective": self.learner.objective.state_dict()},
-            "sampler": self.data_signature(),
+            "sampler": asdict(self.sampling()),
             "epoch_log": asdict(self.epoch_log),
             "merge": self.module.merge.as_dict(),
             "data": data_record(self.data.config, self.data.class_names, class_labels(self.data.class_names)),
@@ -118,15 +118,18 @@ class Trainer:
             "best_loss": self.best.loss,
         }
 
-    def data_signature(self) -> dict[str, int]:
-        """Return the settings under which `step` counts the same micro-batches."""
-        return {
-            "seed": self.args.seed,
-            "batch_size": self.args.batch_size,
-            "accumulation_steps": self.args.accumulation_steps,
-            "world": self.dist.world,
-            "micro_batches": len(self.train_loader),
-        }
+    def sampling(self) -> Sampling:
+        """Return what the meaning of `step` follows from."""
+        batches = self.train_loader.batches
+        return Sampling(
+            seed=self.args.seed,
+            batch_size=self.args.batch_size,
+            accumulation_steps=self.args.accumulation_steps,
+            world=self.dist.world,
+            micro_batches=len(batches),
+            images=batches.n,
+            repeats=batches.repeats,
+        )
 
     def _resume(self, state: dict[str, Any], path: str) -> None:
         """Restore all but the model's weights, which `build_model` has loaded from the same state.
@@ -137,32 +140,42 @@ class Trainer:
         before = (state.get("args") or {}).get("opt") if isinstance(state.get("args"), dict) else None
         if before not in (None, self.args.opt):
             raise UserError(f"{path} was trained with --opt {before}, which cannot go on as {self.args.opt}; keep it")
+        self.epoch, self.step = state["epoch"], state.get("step", 0)
+        if self.epoch > self.epochs:
+            raise UserError(f"{path} is at epoch {self.epoch}, past the {self.epochs} of this run; give more --epochs")
         try:
             self.learner.load_state_dict(state)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} does not fit these optimizer options ({error}); use --finetune {path}") from error
-        self.epoch, self.step = int(state["epoch"]), int(state.get("step", 0))
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{path} does not fit these optimizer options ({reason}); use --finetune {path}") from error
         # an older checkpoint, which tells no loss, keeps its best.pth until the accuracy is higher
         self.best = Best(float(state.get("best", -1.0)), float(state.get("best_loss", -math.inf)))
         self.epoch_log = EpochLog(**state.get("epoch_log", {}))
         if "rng" in state:
-            set_rng_state(state["rng"])
-            self.learner.objective.load_state_dict(state["rng"]["objective"])
-        self._check_data_signature(state.get("sampler"), path)
+            self._resume_streams(state["rng"], path)
+        if "sampler" in state:
+            self._carry_over(Sampling.from_dict(state["sampler"], path), path)
         self.warn_ignored_flags(state.get("args"))
         self.saved = path
         log(f"resumed {path} at epoch {self.epoch}, micro-batch {self.step}")
 
-    def _check_data_signature(self, saved: dict[str, int] | None, path: str) -> None:
-        now = self.data_signature()
-        if saved is None or saved == now:
-            return
-        changed = ", ".join(f"{key} {saved[key]} -> {value}" for key, value in now.items() if saved[key] != value)
-        if self.step:
-            raise UserError(
-                f"{path} stopped inside an epoch, which cannot go on with {changed}; keep them as they were"
-            )
-        log(f"warning: resumed with {changed}: the run goes on, but not as the unbroken one would")
+    def _resume_streams(self, state: dict[str, Any], path: str) -> None:
+        try:
+            set_rng_state(state)
+            self.learner.objective.load_state_dict(state["objective"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{path} was altered: its rng is none ({reason}); take another checkpoint") from error
+
+    def _carry_over(self, before: Sampling, path: str) -> None:
+        """Go on with other numbers of processes or batch sizes than those that a checkpoint was saved with."""
+        found = continuation(before, self.sampling(), self.step, self.args.resume_anyway, path)
+        self.step = found.step
+        for note in found.notes:
+            log(note)
+        if found.lr_factor != 1 and not self.args.unscale_lr:
+            old = self.learner.scale_lr(found.lr_factor)
+            log(f"the learning rate follows the global batch: {old:.5g} -> {old * found.lr_factor:.5g} at its highest")
 
     def warn_ignored_flags(self, saved: Any) -> None:
         """Name the flags that differ from the saved arguments and are not followed."""
@@ -174,7 +187,9 @@ class Trainer:
     def save(self) -> None:
         """Write checkpoint.pth on rank 0; the others wait, so that none runs ahead of what is safe."""
         if self.checkpoint is not None and self.dist.is_main:
+            self.place.check(now=True)
             save_checkpoint(self.checkpoint, self.state())
+        self.place.saved(self.args, self.first_epoch)
         barrier()
         if self.checkpoint is not None:
             self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
@@ -199,13 +214,12 @@ class Trainer:
         try:
             return self._fit()
         except RunError as error:
-            raise RunError(f"{error}; last good checkpoint: {self.saved or 'none'}") from error
+            saved = self.saved if Path(self.saved.partition(" (epoch ")[0]).is_file() else ""
+            go_on = "; go on with the same command and --resume auto" if saved else ""
+            raise RunError(f"{error}; last good checkpoint: {saved or 'none'}{go_on}") from error
 
     def _fit(self) -> int:
-        if self.folder is not None and self.dist.is_main:
-            write_json(self.folder / "args.json", self.args)
-            clear_stop_marker(self.folder)
-            truncate_log(self.folder / "log.txt", self.epoch)
+        self.place.begin(self.args, self.epoch)
         while self.epoch < self.epochs:
             if not (self._train_epoch() and self._finish_epoch()):
                 return self._stopped()
@@ -223,6 +237,7 @@ class Trainer:
 
         def after_step(done: int) -> None:
             self.step, self.epoch_log.seconds = done, before + time.monotonic() - began
+            self.place.check()
             every = self.args.save_every_steps * self.args.accumulation_steps
             if every and done % every == 0 and done < len(self.train_loader):
                 self.save()
@@ -239,6 +254,8 @@ class Trainer:
 
     def _finish_epoch(self) -> bool:
         """Evaluate, log, save; False after a stop, and then a resumed run evaluates first."""
+        if self.place.pending:  # what an earlier run left goes only when this one has saved
+            self.save()
         raw = self._evaluate(self.learner.model, "test")
         average = self.learner.ema
         ema = self._evaluate(average.module, "test EMA") if raw is not None and average is not None else None
@@ -305,8 +322,7 @@ class Trainer:
             if key != "epoch":
                 self.writer.add_scalar(key.replace("_", "/", 1), value, self.epoch)
         self.writer.flush()
-        if self.folder is not None:
-            append_json_line(self.folder / "log.txt", {**line, "best": best})
+        self.place.append_log({**line, "best": best})
         if self.args.log_images and (self.epoch + 1) % self.args.log_images == 0:
             self._log_images()
 
@@ -323,5 +339,7 @@ class Trainer:
 
 def run_training(args: Namespace, dist: Distributed) -> int:
     """Train, evaluating the merged model after every epoch; returns the exit status."""
-    with StopSignal() as stop:  # from here on, so that a signal during the start is not lost
-        return Trainer(args, dist, stop).fit()
+    with StopSignal() as stop, claimed(args, dist) as place:  # a signal during the start is not lost
+        status = Trainer(Namespace(**{**vars(args), "resume": place.resume}), dist, stop, place).fit()
+        stop.finished = status == 0
+        return status

@@ -118,13 +118,13 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Gradients
 
 
-@pytest.mark.parametrize("flags", [[], ["--r", 2, "--full_weight", 1, "--consistency_weight", 3, "--full_r_max", 1]])
+@pytest.mark.parametrize("flags", [[], ["--r", 2, "--full_weight", 1, "--consistency_weight", 3, "--full_r_max", 4]])
 def test_accumulation_equals_the_large_batch(flags: list[object]) -> None:
     flags = [*flags, *(["--consistency_threshold", 0] if flags else []), "--smoothing", 0.1]
     small, large = (make_learner(*flags) for _ in range(2))
     batches = [make_batch(4, seed) for seed in range(3)]
-    sums = small.gradients(batches, 0, 0)
-    wanted = large.gradients([join(batches)], 0, 0)
+    sums = small.step_gradients(batches, 0, 0)
+    wanted = large.step_gradients([join(batches)], 0, 0)
     assert sums.keys() == wanted.keys()
     for name in sums:
         torch.testing.assert_close(sums[name], wanted[name])

@@ -23,6 +23,9 @@ TOP_LEVEL = (
     "datasets",
     "checkpoint",
     "distributed",
+    "downloads",
+    "runfolder",
+    "resume",
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}

@@ -580,7 +580,7 @@ def test_unreadable_images_count_as_wrong_and_end_the_run_past_the_limit(capsys:
     assert out.count("unreadable image: ") == 1 and str(tree / "val" / "a" / "0.png") in out
     result = evaluated(capsys, tmp_path / "run", folder_run(tree, "--eval"), "--agreement")
     assert result["n_images"] == 4 and result["rows"][0]["acc1"] <= 75 and result["rows"][0]["agree"] == 100
-    line = refusal(capsys, [*argv, "--max_bad_images", "0"], status=1)
+    line = refusal(capsys, [*argv, "--overwrite", "--max_bad_images", "0"], status=1)
     assert "0.png" in line and "--max_bad_images 0" in line
 
 
@@ -593,7 +593,7 @@ def test_a_stop_by_non_finite_losses_names_the_step_and_the_last_good_checkpoint
     succeeds(capsys, first)
     good = tmp_path / "good.pth"
     (tmp_path / "checkpoint.pth").rename(good)
-    line = refusal(capsys, digits(*flags, "--finetune", good, "--epochs", 3), status=1)
+    line = refusal(capsys, digits(*flags, "--overwrite", "--finetune", good, "--epochs", 3), status=1)
     assert "epoch 0" in line and "micro-batch" in line and "--max_nonfinite 1" in line
     assert "last good checkpoint: none" in line
 
