@@ -680,8 +680,8 @@ def with_classes(data: Data, names: Sequence[str]) -> Data:
     val.targets = numbers[data.val.targets]
     absent = len(names) - len(data.class_names)
     note = f"{absent} of the checkpoint's {len(names)} classes are not in the data"
-    labels = {"class_names": tuple(names), "num_classes": len(names)}
-    return replace(data, val=val, notes=(*data.notes, *([note] if absent else [])), **labels)
+    notes = (*data.notes, note) if absent else data.notes
+    return replace(data, val=val, notes=notes, class_names=tuple(names), num_classes=len(names))
 
 
 def build_data(args: Namespace, config: DataConfig) -> Data:

@@ -337,7 +337,7 @@ def complete(main_argv: Sequence[str], args: Namespace) -> tuple[list[str], Name
 def check_run(main_args: Namespace, skip_data: bool = False) -> None:
     """Raise UserError for a model, a merging, a checkpoint or a data path with which main.py could not start."""
     weights = build.Weights(main_args, main_args.model)
-    config = build.build_config(main_args, weights.name)
+    config = build.build_config(main_args, weights)
     merge = options.merge_config(main_args, weights.merge)
     registers = {"num_registers": main_args.num_registers, "register_layer": main_args.register_layer or 0}
     if weights.state is None:  # else the checkpoint decides what fits

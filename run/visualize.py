@@ -56,8 +56,8 @@ def load(args: Namespace, folder: Path | None, count: int) -> tuple[MergingViT, 
     """
     dist = init_distributed(args.device)
     if folder is None:
-        data, _, model, _ = prepare(args, dist)
-        return model.eval(), *_from_data(data, count)
+        prepared = prepare(args, dist)
+        return prepared.model.eval(), *_from_data(prepared.data, count)
     names = find_images(folder, "--images")
     files = [folder / names[index] for index in spread(len(names), count)]
     loaded = load_for_inference(args, dist.device)
