@@ -12,7 +12,15 @@ from torch import nn
 
 from build import build_teacher, prepare
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
-from datasets import bad_image_limit, build_eval_loader, build_train_loader, unnormalise
+from datasets import (
+    ORDER,
+    LoaderFailure,
+    bad_image_limit,
+    build_eval_loader,
+    build_train_loader,
+    fit_batch,
+    unnormalise,
+)
 from distributed import Distributed, barrier
 from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner, evaluate, train_one_epoch
 from losses import build_mixup, build_objective
@@ -60,8 +68,14 @@ class Trainer:
         self.data, weights, self.module, precision = prepare(args, dist)
         self.name = weights.name
         freeze(self.module, args.train_only)
-        self.train_loader = build_train_loader(args, self.data, dist.rank, dist.world)
         self.val_loader = build_eval_loader(args, self.data.val, dist.rank, dist.world)
+        assert self.data.train is not None
+        args, smaller_batch = fit_batch(args, len(self.data.train), dist.world)
+        self.args = args
+        self.train_loader = build_train_loader(args, self.data, dist.rank, dist.world)
+        for line in (smaller_batch and f"note: {smaller_batch}", self.train_loader.describe()):
+            if line:
+                log(line)
         teacher = build_teacher(args, self.data.num_classes, dist.device)
         objective = build_objective(args, teacher, self.module)
         groups = parameter_groups(self.module, args.weight_decay, args.register_lr_mult)
@@ -107,6 +121,9 @@ class Trainer:
             "accumulation_steps": self.args.accumulation_steps,
             "world": self.dist.world,
             "micro_batches": len(self.train_loader),
+            "images": self.train_loader.batches.n,
+            "repeats": self.train_loader.batches.repeats,
+            "order": ORDER,
         }
 
     def _resume(self, state: dict[str, Any], path: str) -> None:
@@ -134,7 +151,10 @@ class Trainer:
         now = self.data_signature()
         if saved is None or saved == now:
             return
+        saved = {"images": now["images"], "repeats": now["repeats"], "order": 1} | saved  # which older ones lack
         changed = ", ".join(f"{key} {saved[key]} -> {value}" for key, value in now.items() if saved[key] != value)
+        if saved["order"] != now["order"]:
+            changed += " (this version puts the samples of an epoch in another order)"
         if self.step:
             raise UserError(
                 f"{path} stopped inside an epoch, which cannot go on with {changed}; keep them as they were"
@@ -150,11 +170,15 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint.pth on rank 0; the others wait, so that none runs ahead of what is safe."""
-        if self.checkpoint is not None and self.dist.is_main:
-            save_checkpoint(self.checkpoint, self.state())
+        self._write()
         barrier()
-        if self.checkpoint is not None:
-            self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
+
+    def _write(self) -> None:
+        if self.checkpoint is None:
+            return
+        if self.dist.is_main:
+            save_checkpoint(self.checkpoint, self.state())
+        self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
 
     def _save_best(self) -> None:
         """Write best.pth, which holds the weights that were judged: the average where there is one."""
@@ -175,6 +199,10 @@ class Trainer:
         """
         try:
             return self._fit()
+        except LoaderFailure as error:  # all updates are whole; but the other ranks wait for this one's gradients
+            if self.dist.is_main:
+                self._write()
+            raise RunError(f"{error}; last good checkpoint: {self.saved or 'none'}") from error
         except RunError as error:
             raise RunError(f"{error}; last good checkpoint: {self.saved or 'none'}") from error
 

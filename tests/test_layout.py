@@ -20,6 +20,7 @@ TOP_LEVEL = (
     "engine",
     "losses",
     "datasets",
+    "sources",
     "checkpoint",
     "distributed",
     "utils",
