@@ -2,7 +2,7 @@
 
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_w
 from models.schedule import format_schedule, parse_schedule
 from models.weights import extract_state_dict, load_weights, unwrap_state_dict
 from options import merge_config
+from sources import differing_classes, readable_names
 from utils import log, seed_all, setup_output, to_jsonable, without_credentials
 
 
@@ -180,17 +181,13 @@ def _check_merges(model: MergingViT, args: Namespace) -> None:
 # Preprocessing and classes, which a checkpoint carries
 
 
-def data_record(config: DataConfig, class_names: Sequence[str], class_labels: Sequence[str]) -> dict[str, Any]:
+def data_record(data: Data) -> dict[str, Any]:
     """Return what it takes to use a model on new images, in plain values: `data` of a checkpoint.
 
-    Args:
-        class_names: in the order of the logits, as the data set names them (folders).
-        class_labels: the same for people to read.
+    Its class names are those of the data set (folders), its class labels the same for people, both by number.
     """
-    size = config.input_size
-    settings = {key: value for key, value in asdict(config).items() if key != "input_size"}
-    record = {"input_size": [size, size], **settings}
-    return to_jsonable(record | {"class_names": list(class_names), "class_labels": list(class_labels)})
+    settings = asdict(data.config) | {"input_size": [data.config.input_size] * 2}
+    return to_jsonable(settings | {"class_names": data.class_names, "class_labels": data.class_labels})
 
 
 def stored_config(record: dict[str, Any], source: str) -> DataConfig:
@@ -232,15 +229,6 @@ def build_config(args: Namespace, weights: Weights) -> DataConfig:
             if value is not None and value != getattr(config, key):
                 log(f"note: --{flags[key]} {value} in place of the checkpoint's {getattr(config, key)}")
     return replace(config, **{key: value for key, value in changes.items() if value is not None})
-
-
-def class_labels(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of classes for people: ImageNet's first synonym for each of its wnids, else the name itself."""
-    info = ImageNetInfo("imagenet22k")
-    known = set(info.label_names())
-    return tuple(
-        info.label_name_to_description(name).split(",")[0] if name in known else str(name) for name in class_names
-    )
 
 
 def assumed_classes(num_classes: int) -> tuple[str, ...] | None:
@@ -343,18 +331,9 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
     if args.eval and set(data.class_names) <= set(stored):
         return with_classes(data, stored)
     raise UserError(
-        f"the classes of {weights.path} are not those of the data: {class_differences(stored, data.class_names)}; "
+        f"the classes of {weights.path} are not those of the data: {differing_classes(stored, data.class_names)}; "
         "give the data that it was trained on, or finetune it for these classes with --finetune"
     )
-
-
-def class_differences(stored: Sequence[str], found: Sequence[str], first: int = 3) -> str:
-    """Word the first differences between two lists of class names in one line."""
-    parts = [f"{len(stored)} in the checkpoint, {len(found)} in the data"] if len(stored) != len(found) else []
-    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(stored, found, strict=False)) if a != b]
-    parts += [f"class {i} is {a!r} in the checkpoint and {b!r} in the data" for i, a, b in pairs[:first]]
-    more = len(pairs) - first
-    return ", ".join(parts) + (f", and {more} more" if more > 0 else "")
 
 
 def describe(model: MergingViT, weights: Weights, data: Data) -> None:
@@ -397,5 +376,5 @@ def load_for_inference(args: Namespace, device: torch.device | str = "cpu") -> I
     classes = None if head is None else len(head)  # None: the model's own
     model = build_model(args, weights, classes, config).model.to(device).eval()
     names = tuple((weights.data or {}).get("class_names") or ()) or assumed_classes(model.num_classes)
-    labels = tuple((weights.data or {}).get("class_labels") or ()) or (names and class_labels(names))
+    labels = tuple((weights.data or {}).get("class_labels") or ()) or (names and readable_names(names))
     return Inference(model, config, weights.name, weights.source, names, labels)

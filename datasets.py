@@ -1,480 +1,49 @@
-"""Data sets, transforms, samplers and loaders.
+"""Samples, transforms, the order of an epoch, and loaders.
 
-A *source* knows files and labels, an `ImageSet` adds decoding and transforms, a loader adds order. The order of an
-epoch is a function of (seed, epoch), the augmentation of a sample one of (seed, epoch, position in that order): worker
-count, prefetching, resuming and world size do not change what is trained on. Shapes: B batch, H and W image.
-
-A new data set is a function that opens its splits, and a row of `DATASETS`.
+A source (`sources.py`) knows files and labels, an `ImageSet` adds decoding and transforms, a loader adds order. The
+order of an epoch is a function of (seed, epoch), the augmentation of a sample one of (seed, epoch, position in that
+order): worker count, prefetching, resuming and world size do not change what is trained on. Shapes: B batch, H and W
+image.
 """
 
-import fcntl
-import glob
-import io
-import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
 import signal
-import socket
 import sys
-import tarfile
+import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from timm.data import ImageNetInfo, create_transform
+from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import datasets as tv
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import transforms as T
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models.errors import UserError
-from utils import RunError, mix_seed
+from sources import DATASETS, FileSource, Source, data_root, find_images, missing_data, open_splits, readable_names
+from utils import RunError, log, mix_seed
 
-# defaults of main.py's arguments that a data set replaces
-RECIPES: dict[str, dict[str, Any]] = {
-    "DIGITS": {
-        "model": "deit_digits",
-        "input_size": 32,
-        "num_workers": 0,
-        "epochs": 15,
-        "batch_size": 8,  # many small steps: its tiny position embedding starts far below the patches and has to grow
-        "lr": 0.032,  # 5e-4 after scaling by batch / 512
-        "warmup_epochs": 3,
-        "drop_path": 0.0,
-        "clip_grad": 1.0,
-        "model_ema_decay": 0.995,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "hflip": 0.0,
-        "color_jitter": 0.0,
-        "aa": "none",
-        "reprob": 0.0,
-        "repeated_aug": False,
-    }
-}
-DIGITS_MEAN, DIGITS_STD = (0.3097,) * 3, (0.3490,) * 3  # of its training images at 32 pixels
 WHOLE_PIXELS = 32  # inputs up to this size show the whole image, without a crop
 MAX_TRIES = 100  # unreadable images in a row before training stops
 REPEATS = 3  # copies of an image under repeated augmentation, as in DeiT
+ORDER = 2  # of the samples in an epoch: to be raised when the rule in `GlobalBatches` changes
+MAX_WORKERS = 10  # by default, as in DeiT
+IMAGES_PER_WORKER = 128  # a smaller set gets fewer workers by default: to start one takes as long as to read so many
 WORKER_GRACE = 60  # seconds a worker outlives SIGTERM
-
-# Sources: where images and labels come from
-
-MAX_ASPECT = 16  # longer images are cropped to this before resizing: 1 x 100000 would become gigabytes
-
-
-class Source(Protocol):
-    """Labelled images by index; `read` raises whatever the file system or a decoder raises."""
-
-    labels: np.ndarray
-
-    def read(self, index: int) -> Image.Image: ...
-    def name(self, index: int) -> str: ...
-
-
-class Splits(NamedTuple):
-    """Sources of a data set and its class names; train is None where only an evaluation is asked for."""
-
-    train: Source | None
-    val: Source
-    class_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-def decode(stream: BinaryIO) -> Image.Image:
-    """Decode an image file completely to 8-bit RGB."""
-    with Image.open(stream) as image:
-        return _limit_aspect(to_rgb(image))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any PIL mode to RGB: 16 bits are scaled to 8, transparency is laid on white."""
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip at 255
-        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _limit_aspect(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    w, h = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
-    if (w, h) == (width, height):
-        return image
-    left, top = (width - w) // 2, (height - h) // 2
-    return image.crop((left, top, left + w, top + h))
-
-
-class FileSource:
-    """Image files below a folder.
-
-    Their names are kept in one array: a list of a million strings would be copied into every worker, because counting
-    references to its items writes to the memory that forked processes share.
-    """
-
-    def __init__(self, root: Path, files: list[str], labels: list[int]) -> None:
-        self.root = root
-        self.files = np.array([os.fsencode(f) for f in files], dtype=np.bytes_)
-        self.labels = np.array(labels, dtype=np.int64)
-
-    def read(self, index: int) -> Image.Image:
-        with open(self._path(index), "rb") as stream:
-            return decode(stream)
-
-    def name(self, index: int) -> str:
-        return self._path(index)
-
-    def _path(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.files[index]))
-
-
-class ArraySource:
-    """Images in memory (n,H,W) or (n,H,W,3) uint8, upscaled to `size` if given."""
-
-    def __init__(self, images: np.ndarray, labels: Iterable[int], label: str, size: int | None = None) -> None:
-        self.images, self.label, self.size = images, label, size
-        self.labels = np.asarray(labels, dtype=np.int64)
-
-    def read(self, index: int) -> Image.Image:
-        image = Image.fromarray(self.images[index]).convert("RGB")
-        return image.resize((self.size, self.size), Image.Resampling.BICUBIC) if self.size else image
-
-    def name(self, index: int) -> str:
-        return f"{self.label} image {index}"
-
-
-class TarSource:
-    """Images in webdataset shards, read at random through an index of the tar members.
-
-    The index makes shards a map-style set, so order, exact resume and exact evaluation are those of every other set,
-    and the webdataset package is not needed. Building it reads every tar header once: minutes for a million images.
-    """
-
-    def __init__(self, shards: list[str]) -> None:
-        rows = [(s, *row) for s, shard in enumerate(shards) for row in index_shard(shard)]
-        self.shards = shards
-        self.keys = np.array([os.fsencode(row[1]) for row in rows], dtype=np.bytes_)
-        self.spans = np.array([(s, offset, size) for s, _, offset, size, _ in rows], dtype=np.int64).reshape(-1, 3)
-        self.labels = np.array([row[4] for row in rows], dtype=np.int64)
-
-    def read(self, index: int) -> Image.Image:
-        shard, offset, size = self.spans[index].tolist()
-        with open(self.shards[shard], "rb") as stream:
-            stream.seek(offset)
-            return decode(io.BytesIO(stream.read(size)))
-
-    def name(self, index: int) -> str:
-        return f"{self.shards[self.spans[index, 0]]}:{os.fsdecode(self.keys[index])}"
-
-
-def index_shard(path: str) -> list[tuple[str, int, int, int]]:
-    """List (key, offset in bytes, size in bytes, label) for the samples of one webdataset shard.
-
-    Members of one sample follow each other and share the name up to its first dot: an image (jpg, jpeg, png, ...) and
-    `cls`, the label in digits. A torn or foreign shard raises UserError.
-    """
-    rows = []
-    for key, group in itertools.groupby(_tar_members(path), key=lambda member: member.key):
-        parts = {member.extension: member for member in group}
-        image = next((part for extension, part in parts.items() if f".{extension}" in IMG_EXTENSIONS), None)
-        label = parts.get("cls")
-        if image is None and label is None:
-            continue  # nothing of ours, such as a lone json
-        if image is None or label is None:
-            raise UserError(f"sample {key} of {path} lacks its {'image' if image is None else 'cls'} member")
-        if not label.text.strip().isdigit():
-            raise UserError(f"sample {key} of {path}: cls must be a class index in digits, it is {label.text[:20]!r}")
-        rows.append((key, image.offset, image.size, int(label.text)))
-    return rows
-
-
-class Member(NamedTuple):
-    """A file in a tar: its sample and extension, where its bytes lie, and its content if it is a label."""
-
-    key: str
-    extension: str
-    offset: int
-    size: int
-    text: bytes
-
-
-def _tar_members(path: str) -> Iterator[Member]:
-    try:
-        with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                handle = tar.extractfile(member) if extension.lower() == "cls" else None
-                key = f"{folder}/{stem}" if folder else stem
-                text = handle.read() if handle else b""
-                yield Member(key, extension.lower(), member.offset_data, member.size, text)
-            stream.seek(tar.offset)
-            if stream.read(512) != bytes(512):  # tarfile takes a torn header for the end
-                raise tarfile.ReadError("no end mark")
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"shard {path} is torn or not an uncompressed tar ({error}); fetch or write it again"
-        ) from error
-
-
-def open_splits(args: Namespace, size: int) -> Splits:
-    """Open the sources of --dataset for images of `size` pixels.
-
-    Raises:
-        UserError: data that is missing, with the tree that is expected, or odd.
-    """
-    root = data_root(args)
-    try:
-        return DATASETS[args.dataset].open(args, root, size)
-    except OSError as error:
-        raise missing_data(args, f"{error.filename or root} cannot be read ({error.strerror or error})") from error
-
-
-def data_root(args: Namespace) -> Path:
-    """Return the folder (or shard pattern) of the data: --data_path or data/<dataset>."""
-    return Path(args.data_path).expanduser() if args.data_path else Path("data") / args.dataset
-
-
-def missing_data(args: Namespace, what: str) -> UserError:
-    """Word what is wrong with the data, the tree that is expected and where to get it, in one line."""
-    dataset = DATASETS[args.dataset]
-    expected = dataset.tree.format(data_root(args))
-    return UserError(f"data not found: {what}; expected {expected}; {dataset.get}, or --dataset DIGITS needs no files")
-
-
-def _refuse_file(args: Namespace, root: Path) -> None:
-    if root.exists() and not root.is_dir():
-        raise missing_data(args, f"{root} is not a folder")
-
-
-def _digits(args: Namespace, root: Path, size: int) -> Splits:
-    """Split load_digits in a fixed, stratified way: every fifth image in order of class is for validation."""
-    from sklearn.datasets import load_digits  # only this set needs scikit-learn
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    order = np.argsort(digits.target, kind="stable")
-    chosen = np.zeros(len(order), dtype=bool)
-    chosen[order[::5]] = True
-    train, val = (ArraySource(images[m], digits.target[m], "DIGITS", size) for m in (~chosen, chosen))
-    return Splits(None if args.eval else train, val, tuple(str(i) for i in range(10)))
-
-
-def _cifar(args: Namespace, root: Path, size: int) -> Splits:
-    _refuse_file(args, root)
-    cls = tv.CIFAR10 if args.dataset == "CIFAR10" else tv.CIFAR100
-    val = _fetch(args, cls, root, train=False)
-    train = None if args.eval else _fetch(args, cls, root, train=True)
-    train_source = train and ArraySource(train.data, train.targets, f"{args.dataset} train")
-    return Splits(train_source, ArraySource(val.data, val.targets, f"{args.dataset} val"), tuple(val.classes))
-
-
-def _flowers(args: Namespace, root: Path, size: int) -> Splits:
-    """Open Oxford's flowers by the usual transfer protocol: trained on train + val (2040), evaluated on test (6149)."""
-    _refuse_file(args, root)
-
-    def source(*names: str) -> FileSource:  # reads files itself: torchvision would not say which one is bad
-        parts = [_fetch(args, tv.Flowers102, root, split=name) for name in names]
-        files = [os.path.relpath(file, root) for part in parts for file in part._image_files]
-        return FileSource(root, files, [label for part in parts for label in part._labels])
-
-    return Splits(None if args.eval else source("train", "val"), source("test"), tuple(str(i + 1) for i in range(102)))
-
-
-def _fetch(args: Namespace, cls: type, root: Path, **split: Any) -> Any:
-    """Open a torchvision set, downloading it if it is absent: one process at a time, giving up on a dead wire."""
-    try:
-        return cls(root, **split)
-    except RuntimeError:  # how torchvision says absent or damaged
-        pass
-    timeout = socket.getdefaulttimeout()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".download.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            socket.setdefaulttimeout(20)
-            return cls(root, download=True, **split)
-    except (RuntimeError, OSError, EOFError, tarfile.TarError) as error:
-        reason = " ".join(str(error).split())
-        raise missing_data(args, f"absent or damaged in {root}, and the download failed ({reason})") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _tree(args: Namespace, root: Path, size: int) -> Splits:
-    """Read DATA/{train,val}/CLASS/*; the classes are ImageNet's 1000, or the folders of train, or else of val."""
-    _refuse_file(args, root)
-    if not root.exists():
-        raise missing_data(args, f"{root} does not exist")
-    needed = ("val",) if args.eval else ("train", "val")
-    for split in needed:
-        if not (root / split).is_dir():
-            raise missing_data(args, f"{root / split} does not exist")
-    folders = {s: _class_folders(root / s) for s in ("train", "val") if (root / s).is_dir()}
-    imnet = args.dataset == "IMNET"
-    names = ImageNetInfo().label_names() if imnet else folders.get("train") or folders["val"]
-    index = {name: i for i, name in enumerate(names)}
-    notes: list[str] = []
-    for split in needed:
-        if not folders[split]:
-            raise missing_data(args, f"{root / split} has no class folder")
-        for name in folders[split]:
-            if name not in index:
-                raise UserError(_unknown_class(root, split, name, imnet))
-        notes += _absent_classes(root / split, names, set(folders[split]))
-    train, val = (_read_split(root / s, folders[s], index) if s in needed else None for s in ("train", "val"))
-    assert val is not None
-    return Splits(train, val, tuple(names), tuple(notes))
-
-
-def _absent_classes(folder: Path, names: list[str], present: set[str]) -> list[str]:
-    absent = [name for name in names if name not in present]
-    some = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
-    return [f"{len(absent)} of {len(names)} classes have no folder in {folder}: {some}"] if absent else []
-
-
-def _unknown_class(root: Path, split: str, name: str, imnet: bool) -> str:
-    folder = root / split / name
-    if imnet:
-        return f"{folder} is not one of the 1000 ImageNet classes (like n01440764); remove it or use --dataset FOLDER"
-    return f"{folder} is a class that {root / 'train'} does not have; rename it, remove it, or add it to train"
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _read_split(folder: Path, names: list[str], index: dict[str, int]) -> FileSource:
-    files, labels = [], []
-    for name in names:
-        paths = [path[len(os.path.join(folder, "")) :] for path in _image_files(os.path.join(folder, name))]
-        files += paths
-        labels += [index[name]] * len(paths)
-    return FileSource(folder, files, labels)
-
-
-def _image_files(folder: str) -> Iterator[str]:
-    """Walk a class folder in order: no hidden files, no pipes or sockets (reading would hang), no link to a parent."""
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            loop = entry.is_symlink() and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(entry.path)}/")
-            yield from () if loop else _image_files(entry.path)
-        elif entry.name.lower().endswith(IMG_EXTENSIONS):
-            broken_link = entry.is_symlink() and not os.path.exists(entry.path)  # to be named when it is read
-            if entry.is_file() or broken_link:
-                yield entry.path
-
-
-def _shards(args: Namespace, root: Path, size: int) -> Splits:
-    """Open webdataset shards; the classes are the lines of classes.txt, the number in num_classes, or counted."""
-    pattern = str(root)
-    if re.match(r"\w+:", pattern):
-        raise UserError(f"WDS reads local shards, not {pattern}; copy them to a disk first")
-    shards = {split: _find_shards(pattern, split, args) for split in ("train", "val")}
-    for split in ("val",) if args.eval else ("train", "val"):
-        if not shards[split]:
-            raise missing_data(args, f"no {split} shard in {pattern}")
-    names = _wds_classes(Path(pattern.split("{")[0] + "x").parent if "{split}" in pattern else Path(pattern))
-    val = TarSource(shards["val"])
-    # without a list of classes an evaluation counts them as training would
-    train = TarSource(shards["train"]) if shards["train"] and not (args.eval and names) else None
-    labels = np.concatenate([source.labels for source in (train, val) if source is not None])
-    names = names or tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
-    if (top := int(labels.max(initial=-1))) >= len(names):
-        raise UserError(f"a sample of {pattern} has class {top}, but only {len(names)} classes are listed beside it")
-    return Splits(None if args.eval else train, val, names)
-
-
-def _find_shards(pattern: str, split: str, args: Namespace) -> list[str]:
-    if "{split}" not in pattern:
-        if not os.path.isdir(pattern):
-            raise missing_data(args, f"{pattern} is neither a folder nor a pattern with {{split}}")
-        folder = glob.escape(pattern)
-        return sorted(glob.glob(f"{folder}/{split}*.tar") + glob.glob(f"{folder}/{split}/*.tar"))
-    names = expand_braces(pattern.replace("{split}", split))
-    matches = [sorted(glob.glob(name)) for name in names]
-    if any(matches) and not all(matches):
-        missing = names[matches.index([])]
-        raise UserError(f"shard {missing} does not exist; fetch it, or write * for the number if the splits differ")
-    return [path for paths in matches for path in paths]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expand {000..146} and {a,b} as a shell does."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    limits = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    choices = match[1].split(",")
-    if limits:
-        width = len(limits[1])
-        choices = [f"{i:0{width}d}" for i in range(int(limits[1]), int(limits[2]) + 1)]
-    return [name for c in choices for name in expand_braces(pattern[: match.start()] + c + pattern[match.end() :])]
-
-
-def _wds_classes(folder: Path) -> tuple[str, ...]:
-    if (file := folder / "classes.txt").is_file():
-        return tuple(file.read_text().rstrip().splitlines())
-    if (file := folder / "num_classes").is_file():
-        text = file.read_text().strip()
-        if not text.isdigit() or int(text) < 1:
-            raise UserError(f"{file} must hold the number of classes, it holds {text[:20]!r}")
-        return tuple(str(i) for i in range(int(text)))
-    return ()
-
-
-class DatasetInfo(NamedTuple):
-    """The function that opens a data set, and what a user who does not have it needs to know."""
-
-    open: Callable[[Namespace, Path, int], Splits]  # of the arguments, the folder of the data and the input size
-    tree: str = ""  # files that are expected; {0} is the folder
-    get: str = ""
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std, in place of the model's
-    whole: bool = False  # whether a crop would cut off what an image shows
-
-
-_TREE = "{0}/train/CLASS/*.JPEG and {0}/val/CLASS/*.JPEG (--eval needs val only)"
-DATASETS = {
-    "IMNET": DatasetInfo(_tree, _TREE, "get ILSVRC2012 from image-net.org and sort val into its class folders"),
-    "IMAGENETTE": DatasetInfo(_tree, _TREE, "unpack imagenette2.tgz of github.com/fastai/imagenette"),
-    "CIFAR10": DatasetInfo(
-        _cifar, "{0}/cifar-10-batches-py/ (unpacked cifar-10-python.tar.gz)", "get it from cs.toronto.edu/~kriz"
-    ),
-    "CIFAR100": DatasetInfo(
-        _cifar, "{0}/cifar-100-python/ (unpacked cifar-100-python.tar.gz)", "get it from cs.toronto.edu/~kriz"
-    ),
-    "FLOWERS102": DatasetInfo(
-        _flowers,
-        "{0}/flowers-102/jpg/*.jpg, imagelabels.mat and setid.mat",
-        "get 102flowers.tgz and both files from robots.ox.ac.uk/~vgg/data/flowers/102",
-    ),
-    "FOLDER": DatasetInfo(_tree, _TREE, "one folder of images per class"),
-    "WDS": DatasetInfo(
-        _shards,
-        "{0}/train*.tar and {0}/val*.tar, or a pattern like shards/{{split}}-*.tar",
-        "write them with webdataset's TarWriter (jpg and cls members)",
-    ),
-    "DIGITS": DatasetInfo(_digits, normalisation=(DIGITS_MEAN, DIGITS_STD), whole=True),
-}
-
 
 # Samples and batches
 
@@ -654,7 +223,14 @@ class RandomBlur:
 
 @dataclass(frozen=True)
 class Data:
-    """The two splits of a data set; `config` is the preprocessing in use, `notes` are lines worth printing once."""
+    """The two splits of a data set.
+
+    Attributes:
+        class_names: as files give them: names of folders, digits, ...
+        config: the preprocessing in use.
+        notes: lines worth printing once.
+        class_labels: the classes in words, where the names are codes.
+    """
 
     train: ImageSet | None
     val: ImageSet
@@ -663,6 +239,7 @@ class Data:
     name: str
     config: DataConfig
     notes: tuple[str, ...] = ()
+    class_labels: tuple[str, ...] = ()
 
 
 def with_own_preprocessing(config: DataConfig, dataset: str) -> DataConfig:
@@ -681,7 +258,8 @@ def with_classes(data: Data, names: Sequence[str]) -> Data:
     absent = len(names) - len(data.class_names)
     note = f"{absent} of the checkpoint's {len(names)} classes are not in the data"
     notes = (*data.notes, note) if absent else data.notes
-    return replace(data, val=val, notes=notes, class_names=tuple(names), num_classes=len(names))
+    labels = readable_names(names)
+    return replace(data, val=val, notes=notes, class_names=tuple(names), class_labels=labels, num_classes=len(names))
 
 
 def build_data(args: Namespace, config: DataConfig) -> Data:
@@ -699,8 +277,40 @@ def build_data(args: Namespace, config: DataConfig) -> Data:
         train = ImageSet(splits.train, transform, config.input_size, indices, MAX_TRIES)
     transform = build_transform(args, config, train=False)
     val = ImageSet(splits.val, transform, config.input_size, _limited(splits.val, "val", args))
-    names = splits.class_names
-    return Data(train, val, len(names), names, args.dataset, config, splits.notes)
+    names, notes = splits.class_names, splits.notes
+    if len(names) == 1:
+        notes = (*notes, f"there is only one class, {names[0]}: every answer is right, and nothing can be learned")
+    labels = splits.class_labels or readable_names(names)
+    return Data(train, val, len(names), names, args.dataset, config, notes, labels)
+
+
+def open_images(places: Sequence[str | Path], args: Namespace, config: DataConfig, flag: str = "--images") -> ImageSet:
+    """Open the images that files, folders and patterns name, with evaluation's transform; their labels are all 0.
+
+    Raises:
+        UserError: a place that does not exist, or nothing that holds an image; names `flag`.
+    """
+    files = find_images(places, flag)
+    source = FileSource("", files, [0] * len(files))
+    return ImageSet(
+        source, build_transform(args, config, train=False), config.input_size, _every(len(files), args.limit)
+    )
+
+
+def readable_samples(images: ImageSet, indices: Sequence[int]) -> list[tuple[int, Sample]]:
+    """Read some images, with their indices; unreadable ones are named and left out.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    samples = [(index, images[index]) for index in indices]
+    for _, sample in samples:
+        for name in sample.bad:
+            log(f"unreadable, left out: {name}")
+    readable = [(index, sample) for index, sample in samples if sample.valid]
+    if not readable:
+        raise UserError(f"none of the {len(samples)} images can be read; the first is {images.name(samples[0][0])}")
+    return readable
 
 
 def _limited(source: Source, split: str, args: Namespace) -> range:
@@ -708,7 +318,43 @@ def _limited(source: Source, split: str, args: Namespace) -> range:
     n = len(source.labels)
     if n == 0:
         raise missing_data(args, f"the {split} split of {data_root(args)} has no image")
-    return range(0, n, math.ceil(n / args.limit) if args.limit else 1)
+    return _every(n, args.limit)
+
+
+def _every(n: int, limit: int | None) -> range:
+    return range(0, n, math.ceil(n / limit) if limit else 1)
+
+
+def fit_batch(args: Namespace, images: int, world: int) -> tuple[Namespace, str | None]:
+    """Make an update no larger than the training set, for it would only see the same images several times.
+
+    Micro-steps go first, which changes nothing but the size of the global batch, then the batch of each process. It
+    stays even where it was: mixup pairs the images of a batch.
+
+    Returns:
+        The arguments, with other accumulation_steps and batch_size where they had to change, and a line that says so.
+
+    Raises:
+        UserError: there are not even as many images as processes.
+    """
+    asked = args.batch_size * args.accumulation_steps * world
+    if asked <= images:
+        return args, None
+    micro_steps = max(1, images // (args.batch_size * world))
+    even = 1 if args.batch_size % 2 else 2
+    batch_size = min(args.batch_size, max(even, images // world // even * even))
+    if world > 1 and batch_size * world > images:
+        raise UserError(
+            f"{world} processes with at least {batch_size} images each are too many for {images} training images; "
+            f"start at most {max(1, images // even)}"
+        )
+    total = batch_size * micro_steps * world
+    changed = f"--batch_size {args.batch_size} x --accumulation_steps {args.accumulation_steps}"
+    line = (
+        f"a global batch of {asked} ({changed} x {world} processes) is larger than the {images} training images: it "
+        f"becomes {total} ({batch_size} x {micro_steps} x {world}), and so does what lr is scaled with"
+    )
+    return Namespace(**{**vars(args), "batch_size": batch_size, "accumulation_steps": micro_steps}), line
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
@@ -721,17 +367,30 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
         rank       0 1 0 1 | 0 1 0 1 || 0 1 ...
         micro-step    0    |    1    ||  next update
 
-    So n ranks x batch b x accumulation k see what one process with a batch of n * b * k sees, and repeated copies,
-    which follow each other in the order, go to different ranks as in DeiT's RASampler. An incomplete last global batch
-    is dropped; a set smaller than one is repeated to fill it.
+    So n ranks x batch b x accumulation k see what one process with a batch of n * b * k sees.
+
+    An epoch of n images is n // global batch updates, as in DeiT. Its samples are as many images as fit, each once, or
+    3 times under repeated augmentation: the copies follow each other in the order, so that they meet in one batch, on
+    different ranks, as in DeiT's RASampler. No epoch holds all images then: without repeats the rest of n / global
+    batch stays out, with repeats two thirds. The epochs take turns:
+
+        turns = n / (images of an epoch), rounded      3 with repeats; else 1, or 2 where half of the images fit
+        cycle = epoch // turns                         in a cycle every image occurs once, but for the rounding
+
+    The images of cycle c are positions [c * s, (c + 1) * s) of one endless repetition of a fixed random order, where
+    s = turns * images of an epoch. What one cycle leaves out comes in the next one, and after any number of cycles no
+    image is ahead of another by more than one occurrence. Inside a cycle the images are shuffled anew and dealt to its
+    epochs. All this follows from (seed, epoch): a run can go on at any position without knowing the epochs before.
+    DeiT draws a third anew in each epoch: that is as fair on average, but after 9 epochs 2.6 % of the images have not
+    been seen.
     """
 
     def __init__(self, n: int, args: Namespace, rank: int, world: int) -> None:
         self.n, self.seed, self.repeats = n, args.seed, REPEATS if args.repeated_aug else 1
         self.batch_size, self.rank, self.world = args.batch_size, rank, world
-        self.length = n // 256 * 256 if args.repeated_aug and n >= 256 else n  # DeiT's RASampler rounds so
-        micro_steps = args.accumulation_steps
-        self.steps = max(1, self.length // (args.batch_size * micro_steps * world)) * micro_steps
+        self.updates = max(1, n // (args.batch_size * args.accumulation_steps * world))
+        self.steps = self.updates * args.accumulation_steps
+        self.samples = self.steps * args.batch_size * world
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -740,11 +399,36 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return self._batches(self.epoch, self.start)
 
+    @property
+    def turns(self) -> int:
+        """How many epochs see all images; 1 where each does."""
+        part = -(-self.samples // self.repeats) % self.n
+        return round(self.n / part) if part and -(-self.samples // self.repeats) < self.n else 1
+
     def order(self, epoch: int) -> np.ndarray:
         """Return the indices of an epoch in global order, as many as its steps need over all ranks."""
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-        order = torch.randperm(self.n, generator=generator).numpy().repeat(self.repeats)[: self.length]
-        return np.resize(order, self.steps * self.batch_size * self.world)  # cuts, or repeats a short one
+        passes, part = divmod(-(-self.samples // self.repeats), self.n)
+        whole = [self._shuffled(np.arange(self.n), epoch, i) for i in range(passes)]  # of a set smaller than a batch
+        images = np.concatenate([*whole, self._share(epoch, part)])
+        return images.repeat(self.repeats)[: self.samples]
+
+    def _share(self, epoch: int, size: int) -> np.ndarray:
+        """Return the turn of an epoch: `size` different images, fewer than there are."""
+        if size == 0:
+            return np.arange(0)
+        turns = round(self.n / size)
+        cycle, turn = divmod(epoch, turns)
+        span = turns * size
+        fixed = self._shuffled(np.arange(self.n))
+        images = fixed[(cycle * span + np.arange(span)) % self.n]
+        # rounded up, the last few are the first few again: these stay in the last epoch and the first
+        twice = max(0, span - self.n)
+        images[twice : span - twice] = self._shuffled(images[twice : span - twice], cycle, -1)
+        return self._shuffled(images[turn * size : (turn + 1) * size], epoch, -2)
+
+    def _shuffled(self, values: np.ndarray, *key: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, *key))
+        return values[torch.randperm(len(values), generator=generator).numpy()]
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
         order, width = self.order(epoch), self.batch_size * self.world
@@ -753,36 +437,166 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             yield [(int(order[i]), mix_seed(self.seed, epoch, i)) for i in positions]
 
 
+class LoaderFailure(RunError):
+    """The loading of data failed: a worker died, no batch came in time, or the shared memory is full.
+
+    It is raised between two batches, so that a run may save what it has.
+    """
+
+
+class WorkerFeed:
+    """The batches of a DataLoader, whose failures become a `LoaderFailure` of one line.
+
+    torch raises an error for a dead worker out of a signal handler, wherever the program happens to be, also in the
+    middle of an update. Here that handler is active only while a batch is waited for.
+    """
+
+    def __init__(self, loader: DataLoader[Sample]) -> None:
+        self.loader = loader
+        self.workers: list[BaseProcess] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        before = set(multiprocessing.active_children())
+        with self._guarded():
+            batches = iter(self.loader)
+        started = [child for child in multiprocessing.active_children() if child not in before]
+        self.workers = started or self.workers  # persistent ones were started by an earlier epoch
+        while True:
+            with self._guarded():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch._replace(bad=tuple(batch.bad))  # pinning makes lists of tuples
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Watch over the workers while a batch is waited for, and word what goes wrong."""
+        if not self.loader.num_workers:
+            yield
+            return
+        in_main = threading.current_thread() is threading.main_thread()  # signals are heard nowhere else
+        previous = signal.getsignal(signal.SIGCHLD)
+        if in_main:
+            signal.signal(signal.SIGCHLD, lambda *_: self._check_workers())
+        try:
+            self._check_workers()  # one may have died since the last batch
+            yield
+        except (RuntimeError, OSError, MemoryError) as error:
+            self._fail(error)
+        finally:
+            if in_main:
+                signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+
+    def _check_workers(self) -> None:
+        for worker in self.workers:
+            if worker.exitcode:
+                raise LoaderFailure(death_of_a_worker(worker.pid, worker.exitcode))
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """Raise a LoaderFailure for an error whose cause is known, else the error; the workers are not waited for."""
+        codes = [(worker.pid, worker.exitcode) for worker in self.workers if worker.exitcode]
+        for worker in self.workers:
+            worker.kill()  # a stuck one would not hear any other signal
+        if isinstance(error, LoaderFailure):
+            raise error
+        text = str(error)
+        if codes and "DataLoader worker" in text and "Caught" not in text:
+            raise LoaderFailure(death_of_a_worker(*codes[0])) from error
+        for pattern, words in _LOADER_FAILURES:
+            if re.search(pattern, f"{type(error).__name__}: {text}"):
+                raise LoaderFailure(words.format(timeout=self.loader.timeout)) from error
+        raise error
+
+
+_FULL = (
+    "the shared memory (/dev/shm) through which data loader workers hand over images is full; --num_workers 0 does "
+    "without it, a smaller --batch_size or --num_workers needs less, and a container gets more by --shm-size=8g"
+)
+_LOADER_FAILURES = (  # of torch's and the system's words
+    (r"No space left on device|unable to (write|open|mmap|allocate).*(shm|torch_)|Bus error", _FULL),
+    (
+        r"timed out after",
+        "no batch of images came for {timeout:g} s (--loader_timeout): the file system hangs or is too slow; see that "
+        "the data can be read, or give a larger --loader_timeout (0: wait for ever)",
+    ),
+    (
+        r"Too many open files|ancdata",
+        "the data loader ran out of file handles; raise the limit (ulimit -n 65536) or lower --num_workers",
+    ),
+    (
+        r"MemoryError|Cannot allocate memory|Resource temporarily unavailable",
+        "there is not enough memory for the data loader workers; lower --num_workers or --batch_size",
+    ),
+)
+
+
+def death_of_a_worker(pid: int | None, code: int) -> str:
+    """Word how a worker ended, from its exit code (negative: a signal), with the likely cause and what to do."""
+    if code == -signal.SIGBUS:
+        return _FULL
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    if code == -signal.SIGKILL:
+        why = "the machine or the job is probably out of memory; lower --num_workers or --batch_size"
+    elif code < 0 and -code not in (signal.SIGTERM, signal.SIGALRM):
+        why = "a decoder of images may have crashed; --num_workers 0 reads in the main process, where it can be seen"
+    else:
+        why = "somebody ended it; start again"
+    return f"data loader worker {pid} {how}: {why}"
+
+
 class TrainLoader:
     """Micro-batches of one rank; the same workers serve every epoch."""
 
     def __init__(self, batches: GlobalBatches, loader: DataLoader[Sample]) -> None:
-        self.batches, self.loader = batches, loader
+        self.batches, self.feed = batches, WorkerFeed(loader)
 
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def updates(self) -> int:
+        """Updates of an epoch."""
+        return self.batches.updates
+
+    def describe(self) -> str:
+        """Say in one line what an epoch is."""
+        b = self.batches
+        text = f"an epoch is {b.updates} updates of {b.samples // b.updates} images"
+        images = min(b.n, -(-b.samples // b.repeats))
+        if images < b.n:
+            text += f": {images} of {b.n}" + (f", {b.repeats} augmented copies of each" if b.repeats > 1 else "")
+            text += f"; {b.turns} epochs see all of them" if b.turns > 1 else "; the others come in the next"
+        return text
+
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from micro-batch `start` on; those before it are not decoded."""
+        """Yield the batches of an epoch from micro-batch `start` on; those before it are not decoded.
+
+        Raises:
+            LoaderFailure: a worker died or hangs, or its memory is full.
+            RunError: nothing can be read.
+        """
         self.batches.epoch, self.batches.start = epoch, start
-        for batch in self.loader:
+        for batch in self.feed:
             if not batch.valid.all():
                 raise RunError(f"no readable image in the row that ends at {batch.bad[-1]}; repair or remove them")
-            yield batch._replace(bad=tuple(batch.bad))  # pinning makes lists of tuples
+            yield batch
 
 
 class EvalLoader:
     """Every `world`-th image from `rank` on, each once, none padded."""
 
     def __init__(self, loader: DataLoader[Sample]) -> None:
-        self.loader = loader
+        self.feed = WorkerFeed(loader)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.feed)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            yield batch._replace(bad=tuple(batch.bad))
+        """Yield the batches; raises LoaderFailure where a worker died or hangs, or its memory is full."""
+        return iter(self.feed)
 
 
 def build_train_loader(args: Namespace, data: Data, rank: int, world: int) -> TrainLoader:
@@ -808,7 +622,7 @@ def bad_image_limit(args: Namespace, data: Data) -> int:
 
 def _loader(args: Namespace, dataset: ImageSet, batches: Any, persistent: bool) -> DataLoader[Sample]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    workers = min(args.num_workers, _cores(), len(batches))
+    workers = min(number_of_workers(args.num_workers, len(dataset)), len(batches))
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -817,8 +631,17 @@ def _loader(args: Namespace, dataset: ImageSet, batches: Any, persistent: bool) 
         pin_memory=args.pin_mem and torch.device(device).type == "cuda",
         worker_init_fn=_init_worker,
         persistent_workers=persistent and workers > 0,
+        timeout=args.loader_timeout if workers else 0,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from the global stream
     )
+
+
+def number_of_workers(asked: int | None, images: int) -> int:
+    """Return the number of loader processes: as asked for, else one for every 128 images up to DeiT's 10.
+
+    There are never more than cores.
+    """
+    return min(_cores(), min(MAX_WORKERS, images // IMAGES_PER_WORKER) if asked is None else asked)
 
 
 def _cores() -> int:
@@ -830,6 +653,8 @@ def collate(samples: list[Sample]) -> Batch:
     images = torch.utils.data.default_collate([s.image for s in samples])  # in a worker: straight into shared memory
     targets = torch.tensor([s.target for s in samples])
     valid = torch.tensor([s.valid for s in samples])
+    if get_worker_info() is not None:  # else they are moved by a thread of torch's, which loses the batch if that fails
+        targets, valid = targets.share_memory_(), valid.share_memory_()
     return Batch(images, targets, valid, tuple(name for s in samples for name in s.bad))
 
 

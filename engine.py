@@ -86,9 +86,8 @@ class UnreadableImages:
         Raises:
             RunError: more images than the limit are unreadable.
         """
-        new = sorted(set(names) - self.names)
-        self.names |= set(new)
-        for name in new:
+        for name in sorted(set(names) - self.names):
+            self.names.add(name)
             log(f"unreadable image: {name} ({len(self.names)} so far, --max_bad_images {self.limit})")
         if len(self.names) > self.limit:
             raise RunError(

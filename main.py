@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from build import class_labels, data_record, device_name, prepare
+from build import data_record, device_name, prepare
 from datasets import bad_image_limit, build_eval_loader
 from distributed import Distributed, barrier, init_distributed
 from engine import Precision, RunControl, Scores, UnreadableImages, evaluate, throughput
@@ -62,7 +62,7 @@ def run_eval(args: Namespace, dist: Distributed) -> int:
         "model": weights.name,
         "weights": weights.source,
         "dataset": data.name,
-        "data": data_record(data.config, data.class_names, class_labels(data.class_names)),
+        "data": data_record(data),
         "num_registers": model.num_registers,
         "merge": model.merge.as_dict(),
         "n_images": scores[0].n_images,

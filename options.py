@@ -19,7 +19,6 @@ import timm
 import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
-from datasets import DATASETS, RECIPES
 from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
@@ -28,6 +27,7 @@ from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import TRAIN_ONLY
 from models.registry import NAMES
 from models.schedule import format_schedule, parse_schedule
+from sources import DATASET_ALIASES, DATASETS, RECIPES
 from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest, without_credentials
 
 DESCRIPTION = """\
@@ -170,6 +170,11 @@ def finite_number(text: str) -> int | float:
     return value
 
 
+def dataset_name(text: str) -> str:
+    """Return our name of a data set for one of DeiT's."""
+    return DATASET_ALIASES.get(text, text)
+
+
 def block_list(text: str) -> tuple[int, ...]:
     """Parse indices of blocks: 1,2,11 or [1,2,11]."""
     try:
@@ -206,15 +211,28 @@ def _general_flags(parser: Parser) -> None:
 
 def _data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", "--data_set", default="IMNET", metavar="NAME", help=", ".join(DATASETS))
-    group.add_argument("--data_path", type=nonempty, help="folder or shard patterns (default: data/<dataset>)")
+    group.add_argument(
+        "--dataset", "--data_set", type=dataset_name, default="IMNET", metavar="NAME", help=", ".join(DATASETS)
+    )
+    text = "folder of the data (default: data/<dataset>); WDS: or shards to train on, CSV: or a list"
+    group.add_argument("--data_path", type=nonempty, help=text)
+    group.add_argument("--val_path", type=nonempty, metavar="LIST", help="WDS, CSV: shards or list to evaluate on")
     text = "pixels (default: the checkpoint's or the model's)"
     group.add_argument("--input_size", type=Number(int, 1, 4096), help=text)
     group.add_argument(
         "--eval_crop_ratio", type=unit_interval, help="crop / resize in evaluation (default: as input_size)"
     )
     group.add_argument("--batch_size", type=positive_int, default=64, help="per process and micro-step")
-    group.add_argument("--num_workers", type=non_negative_int, default=10, help="loader processes per process")
+    group.add_argument(
+        "--num_workers", type=non_negative_int, help="loader processes per process (default: one per 128 images, to 10)"
+    )
+    group.add_argument(
+        "--loader_timeout",
+        type=non_negative,
+        default=600.0,
+        metavar="SECONDS",
+        help="without a batch from the loader processes, after which the run ends (0: never)",
+    )
     group.add_argument(
         "--limit", type=positive_int, metavar="N", help="every ceil(len/N)-th image of each split, for trials"
     )
@@ -263,7 +281,8 @@ def _augmentation_flags(parser: Parser) -> None:
     group.add_argument("--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"))
     add_boolean(group, "three_augment", False, "DeiT-III's 3-Augment", "--ThreeAugment")
     add_boolean(group, "src", False, "simple random crop, with --three_augment")
-    add_boolean(group, "repeated_aug", True, "three augmented copies of an image in an epoch of the same length")
+    text = "three augmented copies of an image in an epoch of the same length; three epochs see all images"
+    add_boolean(group, "repeated_aug", True, text)
     group.add_argument("--hflip", type=unit_interval, default=0.5)
     group.add_argument("--reprob", type=unit_interval, default=0.25, help="random erasing")
     group.add_argument("--remode", default="pixel", choices=("pixel", "const", "rand"))
@@ -534,6 +553,11 @@ def check_rules(args: Namespace) -> None:
     """
     if args.dataset not in DATASETS:
         raise UserError(nearest(args.dataset, DATASETS, "--dataset"))
+    if args.data_path and not DATASETS[args.dataset].files:
+        raise UserError(f"--data_path has no effect with --dataset {args.dataset}, which needs no files; leave one out")
+    if args.val_path and not (args.data_path and DATASETS[args.dataset].lists):
+        lists = ", ".join(name for name, info in DATASETS.items() if info.lists)
+        raise UserError(f"--val_path goes with --data_path and a data set that reads lists ({lists}); leave it out")
     merge_config(args)  # settings that the method does not have, an r in none of its forms, a method without r
     if args.eval_crop_ratio == 0:
         raise UserError(f"--eval_crop_ratio must lie in (0, 1], it is {args.eval_crop_ratio}")

@@ -19,6 +19,7 @@ class Sampling:
     Attributes:
         images, repeats: size of the training set, and copies of an image in the order; 0 in checkpoints that do not
             tell.
+        order: version of the rule that orders them; 1 in checkpoints that do not tell.
         micro_batches: of an epoch, on each process.
     """
 
@@ -29,6 +30,7 @@ class Sampling:
     micro_batches: int
     images: int = 0
     repeats: int = 0
+    order: int = 1
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any], path: str) -> "Sampling":
@@ -61,7 +63,7 @@ class Sampling:
         known = not before.images or (self.images, self.repeats) == (before.images, before.repeats)
         if self.global_batch == before.global_batch:  # then an epoch has as many updates
             known &= self.micro_batches // self.accumulation_steps == before.micro_batches // before.accumulation_steps
-        return known and self.seed == before.seed
+        return known and (self.seed, self.order) == (before.seed, before.order)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from build import build_teacher, class_labels, data_record, prepare
+from build import build_teacher, data_record, prepare
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
-from datasets import bad_image_limit, build_eval_loader, build_train_loader, unnormalise
+from datasets import (
+    ORDER,
+    LoaderFailure,
+    bad_image_limit,
+    build_eval_loader,
+    build_train_loader,
+    fit_batch,
+    unnormalise,
+)
 from distributed import Distributed, barrier
 from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner, evaluate, train_one_epoch
 from linear_probe import init_head
@@ -75,8 +83,14 @@ class Trainer:
         if weights.resumed is None:
             init_head(self.module, fresh, self.data, args, precision, dist)
         freeze(self.module, args.train_only)
-        self.train_loader = build_train_loader(args, self.data, dist.rank, dist.world)
         self.val_loader = build_eval_loader(args, self.data.val, dist.rank, dist.world)
+        assert self.data.train is not None
+        args, smaller_batch = fit_batch(args, len(self.data.train), dist.world)
+        self.args = args
+        self.train_loader = build_train_loader(args, self.data, dist.rank, dist.world)
+        for line in (smaller_batch and f"note: {smaller_batch}", self.train_loader.describe()):
+            if line:
+                log(line)
         teacher = build_teacher(args, self.data.num_classes, dist.device)
         objective = build_objective(args, teacher, self.module)
         groups = parameter_groups(self.module, args.weight_decay, args.register_lr_mult)
@@ -112,7 +126,7 @@ class Trainer:
             "sampler": asdict(self.sampling()),
             "epoch_log": asdict(self.epoch_log),
             "merge": self.module.merge.as_dict(),
-            "data": data_record(self.data.config, self.data.class_names, class_labels(self.data.class_names)),
+            "data": data_record(self.data),
             "args": to_jsonable(self.args) | {"model": self.name},
             "best": self.best.accuracy,
             "best_loss": self.best.loss,
@@ -129,6 +143,7 @@ class Trainer:
             micro_batches=len(batches),
             images=batches.n,
             repeats=batches.repeats,
+            order=ORDER,
         )
 
     def _resume(self, state: dict[str, Any], path: str) -> None:
@@ -186,11 +201,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint.pth on rank 0; the others wait, so that none runs ahead of what is safe."""
+        self._write()
+        barrier()
+
+    def _write(self) -> None:
         if self.checkpoint is not None and self.dist.is_main:
             self.place.check(now=True)
             save_checkpoint(self.checkpoint, self.state())
         self.place.saved(self.args, self.first_epoch)
-        barrier()
         if self.checkpoint is not None:
             self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
 
@@ -214,6 +232,8 @@ class Trainer:
         try:
             return self._fit()
         except RunError as error:
+            if isinstance(error, LoaderFailure) and self.dist.is_main:
+                self._write()  # all updates are whole; without a barrier, for the other ranks wait for gradients
             saved = self.saved if Path(self.saved.partition(" (epoch ")[0]).is_file() else ""
             go_on = "; go on with the same command and --resume auto" if saved else ""
             raise RunError(f"{error}; last good checkpoint: {saved or 'none'}{go_on}") from error

@@ -23,17 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from build import load_for_inference
 from datasets import (
     Batch,
     DataConfig,
-    FileSource,
     ImageSet,
     build_data,
     build_eval_loader,
-    build_transform,
+    open_images,
     unnormalise,
 )
 from distributed import init_distributed
@@ -95,7 +93,8 @@ def add_flags(parser: argparse.ArgumentParser, images: bool = True) -> None:
     group.add_argument("--weights", metavar="FILE|URL", help="any checkpoint (default: timm's published weights)")
     group.add_argument("--models", nargs="+", metavar="SPEC", help=f"several models instead; SPEC is {SPEC}")
     if images:
-        group.add_argument("--data", type=Path, metavar="FOLDER", help="images (else --dataset, as in main.py)")
+        text = "files, folders or patterns (else --dataset, as in main.py)"
+        group.add_argument("--data", "--images", nargs="+", metavar="IMAGES", help=text)
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="PNG, npz and json go here")
     parser.epilog = (
         "Also main.py's: --dataset --data_path --r --merge (and its options) --num_registers --input_size --limit "
@@ -159,7 +158,7 @@ def load_models(args: Namespace, main_argv: Sequence[str]) -> list[Loaded]:
     """Load all models before anything runs: mistakes come first. The first one is the baseline of comparisons."""
     specs = specs_of(args)
     if getattr(args, "data", None) is not None and any(token.split("=")[0] in DATA_FLAGS for token in main_argv):
-        raise UserError("give either --data FOLDER or --dataset and --data_path, not both")
+        raise UserError("give either --data IMAGES or --dataset and --data_path, not both")
     models = [_load(spec, main_args(main_argv, spec)) for spec in specs]
     named: list[Loaded] = []
     for number, loaded in enumerate(models, start=1):
@@ -249,31 +248,16 @@ def track(items: Any, total: int, title: str) -> Iterator[Any]:
 
 def image_set(args: Namespace, loaded: Loaded, split: str = "val") -> ImageSet:
     """The images of --data or --dataset with the model's evaluation transform."""
-    folder, of_main, config = getattr(args, "data", None), loaded.args, loaded.config
-    if folder is None and of_main.data_path is None and of_main.dataset == "IMNET":
-        raise UserError("no images: give --data FOLDER, or --dataset (and --data_path) as in main.py")
-    if folder is None:
+    places, of_main, config = getattr(args, "data", None), loaded.args, loaded.config
+    if places is None and of_main.data_path is None and of_main.dataset == "IMNET":
+        raise UserError("no images: give --data IMAGES, or --dataset (and --data_path) as in main.py")
+    if places is None:
         with_train = Namespace(**{**vars(of_main), "eval": split == "val"})
         data = build_data(with_train, config)
         chosen = data.val if split == "val" else data.train
         assert chosen is not None
         return ImageSet(chosen.source, data.val.transform, config.input_size, chosen.indices)
-    files = find_images(folder)
-    source = FileSource(folder, files, [0] * len(files))
-    every = math.ceil(len(files) / of_main.limit) if of_main.limit else 1
-    transform = build_transform(of_main, config, train=False)
-    return ImageSet(source, transform, config.input_size, range(0, len(files), every))
-
-
-def find_images(folder: Path, flag: str = "--data") -> list[str]:
-    """Images below a folder, in order, relative to it; hidden ones are left out. `flag` named it, for errors."""
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is not a folder; name one that holds images")
-    images = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-    files = [str(file) for file in images if not any(part.startswith(".") for part in file.parts)]
-    if not files:
-        raise UserError(f"{flag} {folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
-    return files
+    return open_images(places, of_main, config, "--data")
 
 
 def labels_fit(args: Namespace, loaded: Loaded) -> bool:

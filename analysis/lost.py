@@ -539,13 +539,13 @@ def setting_of(args: Namespace) -> LostSetting:
 
 
 def open_images(args: Namespace) -> list["Annotated"]:
-    from .voc import open_folder, open_voc
+    from .voc import open_files, open_voc
 
     if (args.voc is None) == (args.data is None):
-        raise UserError("give --voc FOLDER (a Pascal VOC tree, with CorLoc) or --data FOLDER (pictures only)")
+        raise UserError("give --voc FOLDER (a Pascal VOC tree, with CorLoc) or --data IMAGES (pictures only)")
     if args.data is not None and (args.no_hard or args.sweep or args.year):
         raise UserError("--no_hard, --sweep and --year need boxes; give --voc instead of --data")
-    return open_voc(args.voc, args.year, args.set, args.no_hard) if args.voc else open_folder(args.data)
+    return open_voc(args.voc, args.year, args.set, args.no_hard) if args.voc else open_files(args.data)
 
 
 def _read_scenes(items: Sequence["Annotated"], loaded: "Loaded") -> Iterator[Scene]:

@@ -300,7 +300,7 @@ def run(commands: Mapping[str, Any], args: Namespace, main_argv: Sequence[str]) 
         log(f"report: {name} ({number} of {len(args.sections)})")
         sections.append(_section(commands, args, main_argv, models, name))
     labels = " against ".join(loaded.label for loaded in models)
-    subtitle = f"{labels} · {args.data or models[0].args.dataset}, {number_of_images} images"
+    subtitle = f"{labels} · {' '.join(args.data or [models[0].args.dataset])}, {number_of_images} images"
     known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     footer = f"RegToMe {git_revision() or ''} · {known}. One run is one run: numbers hold for these images."
     page = render(args.title, subtitle, sections, footer)
@@ -367,7 +367,7 @@ def _command_lines(args: Namespace, main_argv: Sequence[str], name: str, folder:
     if name == "lost" and args.voc:
         words += ["--voc", str(args.voc)]
     elif args.data:
-        words += ["--data", str(args.data)]
+        words += ["--data", *args.data]
     if CHAPTERS[name].draws_images:
         words += ["--show", str(args.show)]
     words += [*CHAPTERS[name].flags, *main_argv, "--out", str(folder)]

@@ -1,7 +1,7 @@
 """Images with object boxes: Pascal VOC's own tree, and a folder of images beside a folder of VOC's XML files."""
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Annotated:
 
     def read(self) -> Image.Image | None:
         """Decode the image; None if it is unreadable."""
-        from datasets import decode
+        from sources import decode
 
         try:
             with self.file.open("rb") as stream:
@@ -37,11 +37,11 @@ class Annotated:
             return None
 
 
-def open_folder(folder: Path) -> list[Annotated]:
-    """Images without boxes: for pictures only."""
-    from .command import find_images
+def open_files(places: Sequence[str]) -> list[Annotated]:
+    """Images of files, folders and patterns, without boxes: for pictures only."""
+    from sources import find_images
 
-    return [Annotated(name, folder / name, None) for name in find_images(folder)]
+    return [Annotated(Path(file).name, Path(file), None) for file in find_images(places, "--data")]
 
 
 def open_voc(root: Path, year: int | None, split: str, no_hard: bool) -> list[Annotated]:

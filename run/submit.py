@@ -41,10 +41,11 @@ if not __package__:  # run as a script: the project's modules lie one folder up
 import build
 import main as program
 import options
-from datasets import data_root, missing_data
+from datasets import MAX_WORKERS
 from downloads import fetch, has_credentials
 from models import UserError, create_model
 from runfolder import check_unused
+from sources import data_root, missing_data
 from utils import INTERRUPTED_STATUS, setup_output
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -354,6 +355,11 @@ def check_run(main_args: Namespace, skip_data: bool = False) -> None:
                 raise missing_data(main_args, f"{data_root(main_args) / split} does not exist")
 
 
+def workers_of(main_args: Namespace) -> int:
+    """Return the loader processes to leave room for; a small set will start fewer by default."""
+    return MAX_WORKERS if main_args.num_workers is None else int(main_args.num_workers)
+
+
 # The submission
 
 
@@ -388,7 +394,7 @@ class _DrySlurm(submitit.SlurmExecutor):
 
 
 def _slurm_parameters(args: Namespace, main_args: Namespace, tasks: int) -> dict[str, Any]:
-    cpus = args.cpus or max(1, main_args.num_workers)
+    cpus = args.cpus or max(1, workers_of(main_args))
     pairs = [pair.partition("=") for pair in args.sbatch or ()]
     parameters = {
         "job_name": args.job_name or "regtome",
@@ -427,7 +433,7 @@ def build_rank(args: Namespace, main_argv: list[str], main_args: Namespace) -> R
     if args.cluster == "local":
         threads, port = max(1, (os.cpu_count() or 1) // (args.tasks_per_node or max(1, args.ngpus))), _free_port()
     elif args.ngpus == 0:
-        threads = args.cpus or max(1, main_args.num_workers)
+        threads = args.cpus or max(1, workers_of(main_args))
     folder = str(Path(main_args.output_dir).expanduser().absolute())
     return Rank(main_argv, folder, str(ROOT), threads, port)
 

@@ -24,22 +24,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis import merged_tokens
-from analysis.command import find_images
 from analysis.panels import one_palette
 from build import load_for_inference, prepare
-from datasets import Data, DataConfig, build_transform, decode, unnormalise
+from datasets import Data, DataConfig, Sample, open_images, readable_samples, unnormalise
 from distributed import init_distributed
 from models import MergingViT, UserError
 from options import Parser, exit_status, parse_args
-from utils import log, write_json
+from sources import find_images
+from utils import write_json
 
 GIF_FRAMES = 40  # at most
 GIF_MS, GIF_LAST_MS = 800, 2500  # how long a frame, and the last one, is shown
@@ -48,50 +46,37 @@ GIF_MS, GIF_LAST_MS = 800, 2500  # how long a frame, and the last one, is shown
 # Model and images, from options of main.py
 
 
-def load(args: Namespace, folder: Path | None, count: int) -> tuple[MergingViT, Tensor, DataConfig, tuple[str, ...]]:
-    """Load the model, and `count` images evenly spread over a folder or the validation split.
+def load(
+    args: Namespace, places: Sequence[str] | None, count: int
+) -> tuple[MergingViT, Tensor, DataConfig, tuple[str, ...]]:
+    """Load the model, and `count` images evenly spread over what is named or the validation split.
 
     Returns:
         The model in evaluation mode, images (B,3,H,W) as it sees them, their preprocessing, and a caption each.
     """
     dist = init_distributed(args.device)
-    if folder is None:
+    if places is None:
         prepared = prepare(args, dist)
         return prepared.model.eval(), *_from_data(prepared.data, count)
-    names = find_images(folder, "--images")
-    files = [folder / names[index] for index in spread(len(names), count)]
+    find_images(places, "--images")  # before a model is built, for a mistake in the place
     loaded = load_for_inference(args, dist.device)
-    transform = build_transform(args, loaded.config, train=False)
-    images = torch.stack([transform(_read(file)) for file in files])
-    return loaded.model, images, loaded.config, tuple(file.name for file in files)
+    images = open_images(places, args, loaded.config)
+    samples = readable_samples(images, spread(len(images), count))
+    return loaded.model, _stack(samples), loaded.config, tuple(Path(images.name(index)).name for index, _ in samples)
 
 
 def _from_data(data: Data, count: int) -> tuple[Tensor, DataConfig, tuple[str, ...]]:
-    samples = [data.val[index] for index in spread(len(data.val), count)]
-    for sample in samples:
-        if not sample.valid:
-            log(f"unreadable image: {', '.join(sample.bad)}")
-    captions = tuple(class_name(data.class_names[sample.target]) for sample in samples)
-    return torch.stack([sample.image for sample in samples]), data.config, captions
+    samples = readable_samples(data.val, spread(len(data.val), count))
+    return _stack(samples), data.config, tuple(data.class_labels[sample.target] for _, sample in samples)
+
+
+def _stack(samples: Sequence[tuple[int, Sample]]) -> Tensor:
+    return torch.stack([sample.image for _, sample in samples])
 
 
 def spread(available: int, count: int) -> list[int]:
     """Indices of `count` things (or all, if there are fewer), evenly spread from the first to the last."""
     return np.linspace(0, available - 1, min(count, available)).round().astype(int).tolist()
-
-
-def _read(file: Path) -> Image.Image:
-    try:
-        with file.open("rb") as stream:
-            return decode(stream)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read the image {file}: {error}; remove it or name another folder") from error
-
-
-def class_name(name: str) -> str:
-    """A class's name to read: ImageNet's first synonym for one of its wnids, else the name itself."""
-    info = ImageNetInfo()
-    return info.label_name_to_description(name).split(",")[0] if name in info.label_names() else name
 
 
 # Files
@@ -177,7 +162,8 @@ def build_parser() -> Parser:
     command = commands.add_parser(
         "merged", help=text, description=text, epilog="All other options are main.py's.", allow_abbrev=False
     )
-    command.add_argument("--images", type=Path, metavar="FOLDER", help="images to draw (default: of --dataset)")
+    text = "files, folders or patterns to draw (default: of --dataset)"
+    command.add_argument("--images", nargs="+", metavar="IMAGE", help=text)
     command.add_argument("--num_images", type=int, default=5, metavar="N")
     command.add_argument("--blocks", type=_block_list, metavar="0,5,11", help="default: four, evenly spread")
     command.add_argument(

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from test_datasets import SMALL, jpeg, make_args, make_tree, write_image, write_shard
 
-from datasets import build_data, build_eval_loader, build_train_loader, decode
+from datasets import build_data, build_eval_loader, build_train_loader
 from models.errors import UserError
+from sources import decode
 from utils import RunError
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision import datasets as tv
 
-import datasets
+import sources
 from datasets import (
     Data,
     DataConfig,
@@ -38,6 +38,8 @@ SMALL = DataConfig(input_size=32, crop_pct=1.0)
 DEFAULTS = {
     "dataset": "FOLDER",
     "data_path": None,
+    "val_path": None,
+    "loader_timeout": 0.0,
     "batch_size": 4,
     "num_workers": 0,
     "pin_mem": True,
@@ -101,7 +103,7 @@ def test_digits_is_a_fixed_stratified_split_with_unit_variance() -> None:
     pixels = torch.stack([plain[i].image for i in range(len(plain))])
     assert pixels.shape[1:] == (3, 32, 32)
     assert abs(pixels.mean()) < 1e-3 and abs(pixels.std() - 1) < 1e-3
-    assert data.config.mean == datasets.DIGITS_MEAN and SMALL.mean != datasets.DIGITS_MEAN
+    assert data.config.mean == sources.DIGITS_MEAN and SMALL.mean != sources.DIGITS_MEAN
 
 
 def test_digits_at_other_sizes_keeps_the_whole_digit_in_view() -> None:
@@ -253,7 +255,7 @@ def test_wds_patterns_and_class_lists(shards: Path) -> None:
     assert build_data(make_args(dataset="WDS", data_path=pattern, eval=True), SMALL).num_classes == 7
     (shards / "classes.txt").write_text("p\nq\nr\ns\nt\n")
     assert build_data(make_args(dataset="WDS", data_path=str(shards)), SMALL).class_names == tuple("pqrst")
-    assert datasets.expand_braces("x{08..10}{a,b}") == ["x08a", "x08b", "x09a", "x09b", "x10a", "x10b"]
+    assert sources.expand_braces("x{08..10}{a,b}") == ["x08a", "x08b", "x09a", "x09b", "x10a", "x10b"]
 
 
 def test_wds_in_split_folders(tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_every_layout_sees_the_same_global_batches(
     for g, expected in enumerate(whole):
         parts = [micro for r in ranks for micro in r[g * accumulation : (g + 1) * accumulation]]
         assert sorted(itertools.chain(*parts)) == sorted(expected)
-    assert len(ranks[0]) == len(whole) * accumulation == (512 if repeated else 600) // 24 * accumulation
+    assert len(ranks[0]) == len(whole) * accumulation == 600 // 24 * accumulation
 
 
 def test_an_epoch_is_a_permutation_and_epochs_and_seeds_differ() -> None:
@@ -299,10 +301,10 @@ def test_repeated_augmentation_is_deits_sampler() -> None:
     mine = [[index for micro in b._batches(0, 0) for index, _ in micro] for b in batches]
     permutation = list(dict.fromkeys(batches[0].order(0).tolist()))  # oracle: DeiT's samplers.py, with this permutation
     repeated = [i for i in permutation for _ in range(3)]
-    selected = n // 256 * 256 // world
+    selected = 576 // world  # 18 updates of 32; DeiT would round 600 down to a multiple of 256 first
     assert mine == [repeated[r::world][:selected] for r in range(world)]
     seeds = [seed for b in batches for micro in b._batches(0, 0) for _, seed in micro]
-    assert len(set(seeds)) == len(seeds) == 512  # copies differ
+    assert len(set(seeds)) == len(seeds) == 576  # copies differ
 
 
 def test_a_set_smaller_than_a_global_batch_is_repeated_to_fill_it() -> None:
@@ -430,7 +432,7 @@ def test_training_transforms_are_functions_of_the_seed(changes: dict[str, object
 def test_odd_shapes_pass_every_transform(tmp_path: Path, size: tuple[int, int]) -> None:
     path = write_image(tmp_path / "x.png", size=size)
     with open(path, "rb") as stream:
-        image = datasets.decode(stream)
+        image = sources.decode(stream)
     for changes in VARIANTS:
         args = make_args(**changes)
         for train in (True, False):
@@ -474,7 +476,7 @@ def test_small_inputs_are_shifted_not_rescaled() -> None:
 def test_recipes_name_arguments_that_exist() -> None:
     known = set(DEFAULTS) | {"input_size", "model", "epochs", "lr", "weight_decay", "warmup_epochs", "drop_path"}
     known |= {"smoothing", "mixup", "cutmix", "model_ema", "model_ema_decay", "min_lr", "warmup_lr", "clip_grad"}
-    assert set(datasets.RECIPES["DIGITS"]) <= known and set(datasets.RECIPES) <= set(datasets.DATASETS)
+    assert set(sources.RECIPES["DIGITS"]) <= known and set(sources.RECIPES) <= set(sources.DATASETS)
 
 
 def test_bad_arguments_are_told_in_one_line(tree: str) -> None:

@@ -21,6 +21,7 @@ TOP_LEVEL = (
     "engine",
     "losses",
     "datasets",
+    "sources",
     "checkpoint",
     "distributed",
     "downloads",
