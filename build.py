@@ -181,13 +181,13 @@ def _check_merges(model: MergingViT, args: Namespace) -> None:
 # Preprocessing and classes, which a checkpoint carries
 
 
-def data_record(data: Data) -> dict[str, Any]:
+def data_record(data: "Data | Inference") -> dict[str, Any]:
     """Return what it takes to use a model on new images, in plain values: `data` of a checkpoint.
 
     Its class names are those of the data set (folders), its class labels the same for people, both by number.
     """
     settings = asdict(data.config) | {"input_size": [data.config.input_size] * 2}
-    return to_jsonable(settings | {"class_names": data.class_names, "class_labels": data.class_labels})
+    return to_jsonable(settings | {"class_names": data.class_names or [], "class_labels": data.class_labels or []})
 
 
 def stored_config(record: dict[str, Any], source: str) -> DataConfig:

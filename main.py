@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
+
 import torch
 from torch import nn
 

@@ -19,6 +19,7 @@ import timm
 import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
+import interrupts
 from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
@@ -458,6 +459,18 @@ def _check_idle(given: dict[str, Any]) -> None:
         raise UserError(f"--{idle[0]} has no effect with --eval; leave it out")
 
 
+def check_heeded(argv: Sequence[str], heeded: frozenset[str], what: str) -> None:
+    """Refuse flags of main.py that a command does not heed.
+
+    Args:
+        heeded: names of those that it does.
+        what: the command, for people: "an analysis".
+    """
+    idle = given_flags(argv) - heeded - {"eval", "config"}
+    if idle:
+        raise UserError(f"--{min(idle)} has no effect on {what}; leave it out")
+
+
 def given_flags(argv: Sequence[str]) -> frozenset[str]:
     """Return the names of the flags that a command line of main.py, or its --config file, sets."""
     return frozenset(_given(build_parser(), named_flags(argv)))
@@ -760,6 +773,7 @@ def exit_status(program: str, run: Callable[[Sequence[str]], int | None], argv: 
         The status of `run`; 2 after the user's mistake and 1 after a run that cannot go on, each told in one line on
         stderr; 130 after Ctrl-C.
     """
+    interrupts.imported()
     try:
         return run(sys.argv[1:] if argv is None else list(argv)) or 0
     except UserError as error:

@@ -38,7 +38,7 @@ from distributed import init_distributed
 from models import MergingViT, UserError
 from models.gmacs import gmacs
 from models.schedule import format_schedule
-from options import INFERENCE_GROUPS, Parser, flags_of, given_flags, parse_args
+from options import INFERENCE_GROUPS, Parser, check_heeded, flags_of, parse_args
 from utils import Progress, git_revision, log, to_jsonable, versions, write_json
 
 SHORT = {"registers": "num_registers", "weights": "finetune"}
@@ -148,9 +148,7 @@ def main_args(main_argv: Sequence[str], spec: Spec | None = None) -> Namespace:
         UserError: an option that no instrument heeds.
     """
     argv = [*main_argv, *(spec.flags if spec else ())]
-    idle = given_flags(argv) - flags_of(*INFERENCE_GROUPS) - {"eval"}  # which is implied
-    if idle:
-        raise UserError(f"--{min(idle)} has no effect on an analysis; leave it out")
+    check_heeded(argv, flags_of(*INFERENCE_GROUPS), "an analysis")
     return parse_args(["--eval", "--batch_size", BATCH_SIZE, *argv])
 
 

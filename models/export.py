@@ -5,12 +5,16 @@ known to timm, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` 
 """
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from torch import Tensor
@@ -56,11 +60,21 @@ def export_program(model: MergingViT, images: Tensor, dynamic: bool = True) -> E
         return torch.export.export(model, (images,), dynamic_shapes=shapes)
 
 
-def export_onnx(model: MergingViT, images: Tensor, file: Path, dynamic: bool = True) -> ExportedProgram:
+def export_onnx(
+    model: MergingViT,
+    images: Tensor,
+    file: Path,
+    dynamic: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+) -> ExportedProgram:
     """Write an ONNX file without scatters; input "images", output "logits". Returns the program that it was made of.
+
+    Args:
+        metadata: stored with the model, each value as json.
 
     Raises:
         UserError: onnx or onnxscript are not installed.
+        OSError: the file cannot be written; what was there before is kept.
     """
     require("onnx", "onnxscript")
     program = export_program(model, images, dynamic)
@@ -70,17 +84,99 @@ def export_onnx(model: MergingViT, images: Tensor, file: Path, dynamic: bool = T
             plain, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
         )
     assert written is not None  # only without dynamo
-    written.save(str(file))
+    for key, value in (metadata or {}).items():
+        written.model.metadata_props[key] = json.dumps(value)
+    with _in_place_of(file) as temporary:
+        written.save(str(temporary))
     return program
 
 
-def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:
-    """An ONNX file in onnxruntime on the CPU, as a function of images."""
+def save_program(program: ExportedProgram, file: Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write torch.export's .pt2, with the metadata as json in its extra file "metadata.json".
+
+    Raises:
+        OSError: the file cannot be written; what was there before is kept.
+    """
+    with _in_place_of(file) as temporary:
+        torch.export.save(program, temporary, extra_files={"metadata.json": json.dumps(metadata or {})})
+
+
+def load_program(file: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """Read what `save_program` wrote: a function of images, and the metadata."""
+    extra = {"metadata.json": ""}
+    try:
+        program = torch.export.load(file, extra_files=extra)
+    except Exception as error:  # torch.export has no error class of its own for foreign files
+        raise UserError(f"{file} is not a .pt2 of run/export.py ({type(error).__name__}: {error})") from error
+    return program.module(), json.loads(extra["metadata.json"] or "{}")
+
+
+@contextmanager
+def _in_place_of(file: Path) -> Iterator[Path]:
+    """Give a path to write to, which takes the place of `file` when it is whole; a full disk is an OSError."""
+    temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp{file.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save word a full disk
+        if "write" not in str(error).lower() and "space" not in str(error).lower():
+            raise
+        raise OSError(" ".join(str(error).split())) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def export_metadata(model: MergingViT, base: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file for another runtime tells of its model.
+
+    Args:
+        base: the name that `create_model` made the model of.
+        data: preprocessing (input_size, mean, std, interpolation, crop_pct) and classes (class_names, class_labels).
+    """
+    return {
+        "model": base,
+        "num_registers": model.num_registers,
+        "merge": model.merge.as_dict(),
+        "tokens": list(model.plan().counts),
+        "data": dict(data),
+    }
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An ONNX file in onnxruntime on the CPU; called with images (B,3,H,W) it returns logits (B,C).
+
+    Attributes:
+        batch: the only number of images that it takes; None: any.
+        metadata: what `export_onnx` stored.
+    """
+
+    session: Any
+    batch: int | None
+    metadata: dict[str, Any]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
+
+
+def load_onnx(file: Path) -> OnnxModel:
+    """Read an ONNX file of `export_onnx`.
+
+    Raises:
+        UserError: onnxruntime is not installed, or the file is not one of ours.
+    """
     require("onnxruntime")
     import onnxruntime  # only where it is asked for: half a second
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        shape = {node.name: node.shape for node in session.get_inputs()}["images"]
+        stored = session.get_modelmeta().custom_metadata_map
+        metadata = {key: json.loads(stored[key]) for key in ("model", "merge", "data") if key in stored}
+    except Exception as error:  # onnxruntime's error classes are not public
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} is not an ONNX file of run/export.py ({type(error).__name__}: {reason})") from error
+    return OnnxModel(session, shape[0] if isinstance(shape[0], int) else None, metadata)
 
 
 def compare(model: MergingViT, run: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> list[Agreement]:
@@ -99,12 +195,27 @@ def save_folder(model: MergingViT, base: str, folder: Path, data: dict[str, Any]
 
     Args:
         base: the name that `create_model` made the model of.
-        data: preprocessing (mean, std, interpolation, crop_pct) for pretrained_cfg.
+        data: preprocessing (mean, std, interpolation, crop_pct) and classes (class_names, class_labels).
+
+    Raises:
+        UserError: the folder holds other files, and no model.
+        OSError: the disk is full or fails.
     """
+    fresh = not folder.exists()
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _CONFIG).is_file():
+        raise UserError(f"{folder} holds other files, and no model; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(folder_config(model, base, data or {}), indent=2) + "\n")
+    config = json.dumps(folder_config(model, base, data or {}), indent=2) + "\n"
+    try:
+        with _in_place_of(folder / _WEIGHTS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        with _in_place_of(folder / _CONFIG) as temporary:
+            temporary.write_text(config)
+    except BaseException:
+        if fresh:  # nothing half-written stays
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def folder_config(model: MergingViT, base: str, data: dict[str, Any]) -> dict[str, Any]:
@@ -116,13 +227,27 @@ def folder_config(model: MergingViT, base: str, data: dict[str, Any]) -> dict[st
     settings = {key: value for key, value in data.items() if key in ("mean", "std", "interpolation", "crop_pct")}
     pretrained = {"input_size": (3, *size), "num_classes": model.num_classes, "fixed_input_size": True}
     pretrained |= {"first_conv": "patch_embed.proj", "classifier": "head"} | settings
+    names, labels = list(data.get("class_names") or ()), list(data.get("class_labels") or ())
+    classes = {"label_names": names, "label_descriptions": dict(zip(names, labels, strict=True))} if names else {}
     return {
         "architecture": ARCHITECTURE,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "model_args": arguments,
         "pretrained_cfg": pretrained,
+        **classes,
     }
+
+
+def folder_data(folder: str | Path) -> dict[str, Any]:
+    """The preprocessing and the classes of a folder, under the names that `save_folder` takes them by."""
+    config = json.loads((Path(folder) / _CONFIG).read_text())
+    pretrained = config["pretrained_cfg"]
+    settings = {key: pretrained[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in pretrained}
+    names = config.get("label_names") or []
+    labels = config.get("label_descriptions") or {}
+    classes = {"class_names": names, "class_labels": [labels.get(name, name) for name in names]}
+    return {"input_size": list(pretrained["input_size"][1:]), **settings, **classes}
 
 
 def load_folder(folder: str | Path) -> MergingViT:

@@ -17,6 +17,8 @@ from pathlib import Path
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
+
 from analysis.commands import COMMANDS
 from options import Parser, exit_status, normalise_flag
 

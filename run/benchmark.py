@@ -31,15 +31,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: the project's modules lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-
-if not __package__:  # run as a script: the project's modules lie one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis import charts
 from analysis.ideal import ideal_model

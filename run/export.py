@@ -1,12 +1,13 @@
 """Export a model for other runtimes, and check what was written against eager PyTorch.
 
-python run/export.py onnx --model deit_small --r 16 --num_registers 4 --finetune best.pth --out model.onnx
+python run/export.py onnx --resume output/best.pth --out model.onnx
 python run/export.py program --model deit_tiny --merge mctf --r 16 --out model.pt2
 python run/export.py folder --model deit_small --resume output/best.pth --out exported/
 
 `onnx` uses no scatter operator and takes any batch size unless --fixed_batch is given; `program` is torch.export's
 .pt2; `folder` is safetensors + config.json, for `models.export.load_folder` and
-`timm.create_model("local-dir:exported")`.
+`timm.create_model("local-dir:exported")`. All three carry the preprocessing and the class names, which
+run/predict.py reads: in the metadata of an ONNX file, in metadata.json of a .pt2, in config.json of a folder.
 All other options are main.py's (model, weights, merging).
 """
 
@@ -15,17 +16,29 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from build import Inference, load_for_inference
+import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
+
+import torch
+
+from build import Inference, data_record, load_for_inference
 from models import MergingViT, UserError
-from models.export import compare, export_onnx, export_program, load_folder, onnx_session, save_folder
-from models.registry import data_settings
-from options import Parser, exit_status, parse_args
+from models.export import (
+    compare,
+    export_metadata,
+    export_onnx,
+    export_program,
+    load_folder,
+    load_onnx,
+    load_program,
+    save_folder,
+    save_program,
+)
+from options import Parser, check_heeded, exit_status, flags_of, parse_args
 from utils import log
 
 TOLERANCE = 1e-3  # of logits; a near tie that falls the other way moves them more
@@ -45,31 +58,37 @@ def random_images(model: MergingViT, batch: int) -> torch.Tensor:
 
 
 def write_onnx(args: Namespace, loaded: Inference, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    export_onnx(loaded.model, example, args.out, dynamic=not args.fixed_batch)
-    return onnx_session(args.out)
+    export_onnx(loaded.model, example, args.out, dynamic=not args.fixed_batch, metadata=metadata(loaded))
+    return load_onnx(args.out)
 
 
 def write_program(args: Namespace, loaded: Inference, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     program = export_program(loaded.model, example, dynamic=not args.fixed_batch)
-    torch.export.save(program, args.out)
-    return torch.export.load(args.out).module()
+    save_program(program, args.out, metadata(loaded))
+    return load_program(args.out)[0]
 
 
 def write_folder(args: Namespace, loaded: Inference, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    save_folder(loaded.model, loaded.name, args.out, data_settings(loaded.name))
+    save_folder(loaded.model, loaded.name, args.out, data_record(loaded))
     return load_folder(args.out)
+
+
+def metadata(loaded: Inference) -> dict[str, Any]:
+    return export_metadata(loaded.model, loaded.name, data_record(loaded))
 
 
 def run(argv: Sequence[str]) -> int:
     """Write, check, report; returns 1 if the check fails."""
     args, main_argv = build_parser().parse_known_args(argv)
+    heeded = {"resume", "dataset", "input_size", "eval_crop_ratio"}
+    check_heeded(main_argv, flags_of("general", "model", "merging") | heeded, "an export")
     main_args = parse_args([*main_argv, "--eval"])
     if args.batch_size < (1 if args.fixed_batch else 2) or args.checks < 1:
         raise UserError("--batch_size must be at least 2 (1 with --fixed_batch), and --checks at least 1")
     loaded = load_for_inference(main_args)
     example = random_images(loaded.model, args.batch_size)
     try:
-        (args.out if args.write is write_folder else args.out.parent).mkdir(parents=True, exist_ok=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         written = args.write(args, loaded, example)
     except OSError as error:
         raise UserError(f"cannot write --out {args.out}: {error}") from error

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
+
+import torch
+from torch import Tensor, nn
 
 import options
 from checkpoint import load_checkpoint

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from analysis import charts
 from models import UserError

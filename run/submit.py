@@ -31,12 +31,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: the project's modules lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
+
 import cloudpickle
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_load
-
-if not __package__:  # run as a script: the project's modules lie one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import build
 import main as program

@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: the project's modules lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
+
 import numpy as np
 import torch
 from torch import Tensor
-
-if not __package__:  # run as a script: the project's modules lie one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis import merged_tokens
 from analysis.panels import one_palette
@@ -35,7 +37,7 @@ from build import load_for_inference, prepare
 from datasets import Data, DataConfig, Sample, open_images, readable_samples, unnormalise
 from distributed import init_distributed
 from models import MergingViT, UserError
-from options import Parser, exit_status, parse_args
+from options import INFERENCE_GROUPS, Parser, check_heeded, exit_status, flags_of, parse_args
 from sources import find_images
 from utils import write_json
 
@@ -187,6 +189,7 @@ def visualize(argv: Sequence[str]) -> None:
     args, main_argv = build_parser().parse_known_args(argv)
     if args.num_images < 1:
         raise UserError(f"--num_images must be at least 1, not {args.num_images}")
+    check_heeded(main_argv, flags_of(*INFERENCE_GROUPS) | {"resume"}, "a picture")
     weights = ["--finetune", args.weights] if args.weights else []
     args.draw(args, parse_args([*main_argv, *weights, "--eval"]))
 

@@ -114,7 +114,7 @@ def test_weights_that_are_not_finite(
     weights["blocks.1.mlp.fc2.bias"][3] = torch.nan
     torch.save(weights, file)
     assert analyze.main(["norms", "--models", toy, "--out", str(tmp_path / "out"), *one_of(photos), *FAST]) == 2
-    assert "tokens of stage 1 are not finite" in capsys.readouterr().err
+    assert "NaN or infinite values in blocks.1.mlp.fc2.bias" in capsys.readouterr().err
 
 
 def test_norms_are_those_of_the_model(toy: str, photos: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiny import every_method, images, ours
 from torch import Tensor
 
 from models import MergeConfig, UserError, create_model
-from models.export import compare, export_onnx, load_folder, onnx_session, save_folder
+from models.export import compare, export_onnx, load_folder, load_onnx, save_folder
 from models.scatter_free import scatter_free
 from run.export import main
 
@@ -55,7 +55,7 @@ def check_onnx(merge: MergeConfig, dynamic: bool, file: Path) -> None:
     operators = onnx_operators(file)
     assert not [name for name in operators if "Scatter" in name], operators
     batches = [images(size, seed=size) for size in ((1, 2, 5) if dynamic else (3, 3))]
-    for run in (onnx_session(file), program.module()):
+    for run in (load_onnx(file), program.module()):
         for row in compare(model, run, batches):
             assert row.difference < 2e-5 and row.top1 == 1, row
 

@@ -18,6 +18,7 @@ TOP_LEVEL = (
     "build",
     "trainer",
     "linear_probe",
+    "interrupts",
     "engine",
     "losses",
     "datasets",

@@ -123,8 +123,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--merged_weight", "0"], ["nothing to train"]),
         (["--epochs", "2", "--r_warmup_epochs", "1"], ["--r_warmup_epochs has no effect"]),
         (["--r", "2", "--r_warmup_epochs", "3"], ["--r_warmup_epochs 3 reaches r only after", "1 epochs"]),
-        (["--train_only", "registers_head"], ["--num_registers"]),
-        (["--register_lr_mult", "2"], ["--register_lr_mult has no effect without registers"]),
+        (["--train_only", "registers_head"], ["num_registers"]),
+        (["--register_lr_mult", "2"], ["register_lr_mult has no effect without registers"]),
         (["--bce_loss"], ["--bce_loss", "--smoothing 0"]),
         (["--src"], ["--src", "--three_augment"]),
         (["--mixup", "0.8", "--batch_size", "5"], ["even --batch_size"]),
@@ -473,9 +473,9 @@ def test_finetune_says_that_the_head_is_fresh(capsys: Capture, trained: Path, tr
     assert "head is fresh: 10 classes in the checkpoint, 3 in the model" in out
     assert checkpoint(tmp_path)["model"]["head.weight"].shape[0] == 3
     line = refusal(capsys, folder_run(tree, "--eval", "--resume", trained / "best.pth"))
-    assert "10 in the checkpoint, 3 in the data, class 0 is '0' in the checkpoint and 'a' in the data" in line
+    assert "10 and 3 classes: class 0 is '0' in the weights and 'a' in the data" in line
     line = refusal(capsys, folder_run(tree, "--eval", "--finetune", trained / "best.pth"))
-    assert "10 in the checkpoint, 3 in the data" in line
+    assert "10 and 3 classes" in line
 
 
 def test_resume_wins_over_finetune_over_pretrained(capsys: Capture, trained: Path) -> None:

@@ -216,8 +216,9 @@ def test_what_the_order_depends_on_must_stay_within_an_epoch(
     assert watch.run(argv, 1, "kill") is None  # a fresh start: nothing was saved
     assert watch.run([*argv, "--save_every_steps", "1", "--accumulation_steps", "1"], 2) == 75
     argv += ["--accumulation_steps", "1"]
-    for change in (["--seed", "1"], ["--limit", "8"], ["--no_repeated_aug"]):
-        line = refusal(capsys, [*argv, *change])
+    once = [word for word in argv if word != "--repeated_aug"]
+    for changed in ([*argv, "--seed", "1"], [*argv, "--limit", "8"], [*once, "--no_repeated_aug"]):
+        line = refusal(capsys, changed)
         assert "inside an epoch" in line and "->" in line and "--resume_anyway" in line
     ended = run(capsys, [*argv, "--seed", "1", "--resume_anyway"])
     assert ended.status == 0 and "seed 0 -> 1: the epoch ends here, after 12 images" in ended.out
