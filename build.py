@@ -258,6 +258,16 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device | str)
 def _teacher_from_file(name: str, path: str, num_classes: int, img_size: int | None) -> nn.Module:
     """Load a model of ours by our loading, any other by timm's, which knows the older names of each family."""
     weights = unwrap_state_dict(load_checkpoint(path), ema=True, source=path)
+    known = {
+        len(weights[key])
+        for key in ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
+        if key in weights
+    }
+    if len(known) == 1 and known != {num_classes}:
+        raise UserError(
+            f"--teacher_path {path} knows {known.pop()} classes, the data has {num_classes}: a teacher must know the "
+            "classes that it teaches; finetune it on this data first"
+        )
     if name in NAMES:
         return _own_teacher(name, weights, path, num_classes, img_size)
     overlay: dict[str, Any] = {"state_dict": weights, "num_classes": num_classes, "custom_load": False}

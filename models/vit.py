@@ -173,6 +173,7 @@ class MergingViT(VisionTransformer):
         if register_layer and self.num_registers == 0:
             raise UserError("register_layer has no effect: this model has no registers")
         merge.active(self.schedule_depth)  # raises for layers out of range
+        merge.rule.check_grid(self.patch_embed.grid_size)
         warn_if_clamped(merge, self.plan())
 
     def _resize_registers(self, count: int) -> None:

@@ -26,6 +26,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ from analysis import charts
 from analysis.ideal import ideal_model
 from analysis.operators import operator_times
 from build import device_name
-from datasets import DataConfig, build_data, build_eval_loader
+from datasets import DataConfig, build_data, build_eval_loader, with_own_preprocessing
 from engine import quartiles, seconds_of
 from models import MergeConfig, MergingViT, UserError, apply_merging
 from models.gmacs import gmacs
@@ -56,7 +57,18 @@ from models.registry import check_name, data_settings, native_model
 from models.schedule import format_schedule
 from options import Parser, exit_status, parse_args
 from run.results import Point, collect, draw_accuracies, save
-from utils import compile_model, git_revision, log, nearest, seed_all, setup_output, table, versions, write_json
+from utils import (
+    Progress,
+    compile_model,
+    git_revision,
+    log,
+    nearest,
+    seed_all,
+    setup_output,
+    table,
+    versions,
+    write_json,
+)
 
 
 def configurations() -> dict[str, dict[str, Any]]:
@@ -93,6 +105,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "cudagraphs": {"mode": "reduce-overhead"},
 }
 SHOWN_OPERATORS = 15  # in a table of --profile
+DEFAULT_METHODS = ("tome", "mctf", "mctf_fast")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 UNTIMED = "no row of --results is timed in this run; give --models, --num_registers and --r of at least one"
 
@@ -235,6 +248,7 @@ def build_loader(args: Namespace, setting: BenchmarkSetting) -> tuple[Any, int]:
             flags += [f"--{name}", str(getattr(args, name))]
     main_args = parse_args([*flags, "--input_size", str(setting.img_size)])
     config = DataConfig(**(data_settings(setting.model) | {"input_size": setting.img_size}))
+    config = with_own_preprocessing(config, args.dataset)
     images = build_data(main_args, config).val
     return build_eval_loader(main_args, images, 0, 1), len(images)
 
@@ -248,6 +262,7 @@ def interleave(
     device: torch.device,
     seed: int = 0,
     clock: Callable[[], float] = CLOCKS["wall"],
+    title: str = "rounds",
 ) -> dict[Any, np.ndarray]:
     """Time every call once a round, in an order that each round draws anew; returns seconds (rounds,) by name."""
     order, draw = list(calls), random.Random(seed)
@@ -255,10 +270,13 @@ def interleave(
         for name in order:
             seconds_of(calls[name].run, device, clock)
     times: dict[Any, list[float]] = {name: [] for name in order}
-    for _ in range(rounds):
+    progress = Progress(range(rounds), rounds, title)
+    for _ in progress:
         draw.shuffle(order)
         for name in order:
             times[name].append(seconds_of(calls[name].run, device, clock))
+        if progress.due:
+            progress.show()
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 
@@ -301,7 +319,9 @@ def measure(setting: BenchmarkSetting, args: Namespace) -> list[dict[str, Any]]:
         native.to(DTYPES[setting.dtype])
     models = build_variants(native, args)
     calls = build_calls(models, setting, args)
-    times = interleave(calls, args.rounds, device, args.seed, CLOCKS[args.clock])
+    title = f"{setting.model} {setting.phase} {setting.dtype} batch {setting.batch_size}"
+    log(f"{title} on {setting.device}: {len(calls)} models, two turns each to warm up")
+    times = interleave(calls, args.rounds, device, args.seed, CLOCKS[args.clock], title)
     rows = []
     for mode, variant in itertools.product(args.modes, models):
         key = (variant.name, mode)
@@ -470,7 +490,7 @@ def check(args: Namespace) -> None:
     Raises:
         UserError: unknown names, numbers out of range, options that do nothing or contradict.
     """
-    for method in args.methods:
+    for method in args.methods or ():
         if method not in CONFIGURATIONS:
             raise UserError(nearest(method, CONFIGURATIONS, "--methods"))
     for device in args.device:
@@ -480,7 +500,22 @@ def check(args: Namespace) -> None:
             raise UserError(message)
     for name in args.models:
         check_name(name)
+    if args.methods is None:
+        args.methods = [method for method in DEFAULT_METHODS if _fits(method, args)] or list(DEFAULT_METHODS)
     _check_schedules(args)
+
+
+def _fits(method: str, args: Namespace) -> bool:
+    """Tell whether a method that nobody named can be built for every model; its blocks may be those of another one."""
+    alone = copy(args)
+    alone.methods = [method]
+    try:
+        for model, img_size in {(setting.model, setting.img_size) for setting in settings(args)}:
+            build_variants(native_model(model, img_size=img_size), alone)
+    except UserError as error:
+        log(f"note: {method} is left out: {error}")
+        return False
+    return True
 
 
 def _check_device(device: str) -> None:
@@ -537,7 +572,8 @@ def build_parser() -> Parser:
     )
     add = partial(parser.add_argument, metavar="NAME")
     add("--models", nargs="+", default=["deit_tiny"], help="default: deit_tiny")
-    add("--methods", nargs="+", default=["tome", "mctf", "mctf_fast"], help=", ".join(CONFIGURATIONS))
+    text = f"{', '.join(CONFIGURATIONS)} (default: {' '.join(DEFAULT_METHODS)}, as far as they fit)"
+    add("--methods", nargs="+", help=text)
     add("--r", nargs="+", default=["16"], metavar="R", help="schedules of the methods without one of their own")
     add("--num_registers", nargs="+", type=int, default=[4], metavar="R")
     add("--batch_sizes", nargs="+", type=int, default=[8], metavar="B")

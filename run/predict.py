@@ -229,9 +229,9 @@ def draw(classifier: Classifier, images: ImageSet, file: Path) -> None:
 
     model = classifier.model
     assert model is not None, "checked in run"
-    samples = [sample for _, sample in readable_samples(images, range(min(len(images), PICTURES)))]
-    batch = torch.stack([sample.image for sample in samples])
-    captions = tuple(Path(images.name(index)).name for index in range(len(images)))[: len(samples)]
+    samples = readable_samples(images, range(min(len(images), PICTURES)))
+    batch = torch.stack([sample.image for _, sample in samples])
+    captions = tuple(Path(images.name(index)).name for index, _ in samples)
     pictures = unnormalise(batch, classifier.config)
     result = merged_tokens.measure(
         model, batch.to(next(model.parameters()).device), pictures=pictures, captions=captions, criteria=()

@@ -111,6 +111,11 @@ def test_grids_are_cut_as_evenly_as_they_go(grid: tuple[int, int], per_side: int
     assert torch.bincount(windows, minlength=per_side**2).tolist() == sizes
 
 
+def test_windows_of_single_patches_are_refused() -> None:
+    with pytest.raises(UserError, match=r"local_grid 4 cuts 4 x 4 patches into windows of one or none"):
+        MergingViT(image_size=16, patch_size=4, dim=24, depth=3, heads=3, merge=MergeConfig("lgtm", 2, local_grid=4))
+
+
 def test_what_windows_cannot_give_is_made_up() -> None:
     """Nine windows on 4 x 4 patches, where most cannot pair: still as many tokens in every image."""
     model = ours(lgtm(r=(5, 5, 0), local_grid=3), num_registers=3)

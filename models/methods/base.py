@@ -199,6 +199,9 @@ class Method:
         """The value of every setting by name."""
         return {name: getattr(self, name) for name in self.knobs()}
 
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raise a UserError for a setting that does not fit the rows and columns of the model's patches."""
+
     def check_depth(self, depth: int) -> None:
         """Raise a UserError for a setting that counts more blocks than the model has."""
         for name, value in self._layer_settings:  # type: ignore[attr-defined]

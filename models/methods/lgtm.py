@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Candidates, mean_over_heads
+from ..errors import UserError
 from ..merging import Merge, compose, cosine_scores, match_bipartite, match_scores, pool_tokens
 from .base import knob
 from .tome import ToMe
@@ -32,6 +33,14 @@ class LGTM(ToMe):
     dense_layers: int = knob(2, "the first blocks that merge nothing (DFE)", low=0, is_layer=True)
     local_grid: int = knob(2, "windows per side of the local merge", low=1)
     global_layer: int = knob(7, "first block with a global merge", low=0, is_layer=True)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Windows of one patch have nothing to merge."""
+        if self.local_grid**2 >= grid[0] * grid[1]:
+            raise UserError(
+                f"local_grid {self.local_grid} cuts {grid[0]} x {grid[1]} patches into windows of one or none, "
+                "which have nothing to merge; take a smaller one"
+            )
 
     def amounts(self, count: int, layer: int) -> tuple[int, int]:
         """Windows times ceil(count / windows) locally, and `count` more in blocks with a global merge."""
