@@ -468,7 +468,7 @@ class WorkerFeed:
         try:
             self._check_workers()  # one may have died since the last batch
             yield
-        except (RuntimeError, OSError, MemoryError) as error:
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
             self._fail(error)
         finally:
             if in_main:
@@ -481,13 +481,16 @@ class WorkerFeed:
 
     def _fail(self, error: Exception) -> NoReturn:
         """Raise a LoaderFailure for an error whose cause is known, else the error; the workers are not waited for."""
+        if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):  # its images are fetched from a worker
+            for worker in self.workers:
+                worker.join(0.1)  # which may still be about to end
         codes = [(worker.pid, worker.exitcode) for worker in self.workers if worker.exitcode]
         for worker in self.workers:
             worker.kill()  # a stuck one would not hear any other signal
         if isinstance(error, LoaderFailure):
             raise error
         text = str(error)
-        if codes and "DataLoader worker" in text and "Caught" not in text:
+        if codes and "Caught" not in text:  # an error inside a worker comes with this word, and tells more
             raise LoaderFailure(death_of_a_worker(*codes[0])) from error
         for pattern, words in _LOADER_FAILURES:
             if re.search(pattern, f"{type(error).__name__}: {text}"):
