@@ -648,6 +648,8 @@ def collate(samples: list[Sample]) -> Batch:
 def _init_worker(_: int) -> None:
     """Give a worker one thread, and let it outlive signals to its process group while the trainer still saves."""
     torch.set_num_threads(1)
+    # a batch's own errors go to the main process; this is for threads that hand over images to one that is gone
+    sys.excepthook = lambda *_: None
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
