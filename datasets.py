@@ -551,7 +551,7 @@ class TrainLoader:
     def describe(self) -> str:
         """Say in one line what an epoch is."""
         b = self.batches
-        text = f"an epoch is {b.updates} updates of {b.samples // b.updates} images"
+        text = f"an epoch is {b.updates} update{'s' * (b.updates > 1)} of {b.samples // b.updates} images"
         images = min(b.n, -(-b.samples // b.repeats))
         if images < b.n:
             text += f": {images} of {b.n}" + (f", {b.repeats} augmented copies of each" if b.repeats > 1 else "")

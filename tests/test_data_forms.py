@@ -386,7 +386,7 @@ def test_a_batch_larger_than_the_set_is_told_and_resumes(
         output = succeeds(capsys, [*argv, "--epochs", "1"])
         assert "note: a global batch of 1024 (--batch_size 128 x --accumulation_steps 8 x 1 processes)" in output
         assert "larger than the 8 training images: it becomes 8 (8 x 1 x 1)" in output
-        assert "an epoch is 1 updates of 8 images: 3 of 8, 3 augmented copies of each; 3 epochs see all" in output
+        assert "an epoch is 1 update of 8 images: 3 of 8, 3 augmented copies of each; 3 epochs see all" in output
         assert "warning: resumed" not in succeeds(capsys, [*argv, "--epochs", "2", "--resume", "auto"])
 
 
