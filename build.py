@@ -2,24 +2,29 @@
 
 import warnings
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from checkpoint import load_checkpoint, load_resume
-from datasets import Data, DataConfig, build_data, with_own_normalisation
+from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, with_own_preprocessing
 from distributed import Distributed
 from engine import Precision, build_precision
 from models import MergingViT, UserError, create_model
+from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
-from models.schedule import format_schedule
+from models.schedule import format_schedule, parse_schedule
 from models.weights import extract_state_dict, load_weights, unwrap_state_dict
 from options import merge_config
-from utils import log, seed_all, setup_output
+from sources import differing_classes, readable_names
+from utils import log, seed_all, setup_output, to_jsonable, without_credentials
 
 
 class Weights:
@@ -29,7 +34,8 @@ class Weights:
         resumed: state and path of the checkpoint of --resume; None without one.
         path, state: file or URL and content that the model's weights are taken from; None: published or random weights.
         stored: arguments of the run that wrote the checkpoint, if it is one of ours.
-        name: model of the command line, else of the checkpoint, else deit_small.
+        data: preprocessing and classes of that run (`data_record`); None: unknown, also in our older checkpoints.
+        name: model of the command line, else of the checkpoint, else of the data set's recipe, else deit_small.
         pretrained: whether published weights are taken.
     """
 
@@ -42,7 +48,14 @@ class Weights:
         state = self.state or {}
         ours = isinstance(state.get("args"), dict) and isinstance(state.get("merge"), dict)
         self.stored: dict[str, Any] | None = state["args"] if ours else None
-        self.name = name or (self.stored or {}).get("model") or "deit_small"
+        self.data: dict[str, Any] | None = state.get("data") if ours else None
+        from_recipe = name if "model" not in args.given else None
+        asked = name if from_recipe is None else None
+        self.name = asked or (self.stored or {}).get("model") or from_recipe or "deit_small"
+        self.use_ema = args.use_ema
+        if args.use_ema and state.get("model_ema") is None:
+            held = "the average already" if state.get("weights") == "average" else "no averaged weights"
+            raise UserError(f"{self.path} holds {held}; leave --use_ema out")
         default = self.state is None and self.name not in OWN_SIZES
         self.pretrained = default if args.pretrained is None else args.pretrained and self.state is None
         if args.pretrained and self.state is not None:
@@ -55,15 +68,46 @@ class Weights:
 
     def tensors(self) -> dict[str, Tensor] | None:
         """Return the weights under timm's names; None: published or random ones."""
-        return None if self.state is None else extract_state_dict(self.state, source=str(self.path))[0]
+        if self.state is None:
+            return None
+        return extract_state_dict(self.state, ema=self.use_ema, source=str(self.path))[0]
 
     @property
     def source(self) -> str:
         """Where the weights come from, for people."""
-        return str(self.path or ("timm" if self.pretrained else "random"))
+        kind = (self.state or {}).get("weights")  # best.pth tells which of both it holds
+        kind = "average" if self.use_ema else kind
+        place = without_credentials(self.path or ("timm" if self.pretrained else "random"))
+        return place + (f" ({kind} weights)" if kind else "")
+
+    def check_same_model(self, model: MergingViT) -> None:
+        """Refuse to resume a model of other parameters than the checkpoint's, which `build_model` would adapt.
+
+        Raises:
+            UserError: names what differs first; the optimizer's state belongs to those very parameters.
+        """
+        before, now = self.tensors() or {}, model.state_dict()
+        shapes = [
+            f"{name}: {tuple(before[name].shape) if name in before else 'absent'} in the checkpoint, "
+            f"{tuple(now[name].shape) if name in now else 'absent'} now"
+            for name in sorted(before.keys() | now.keys())
+            if name not in before or name not in now or before[name].shape != now[name].shape
+        ]
+        if shapes:
+            raise UserError(
+                f"{self.path} cannot go on as another model ({shapes[0]}; {len(shapes)} in all): keep --model, "
+                f"--num_registers, --input_size and the classes as they were, or start anew with --finetune {self.path}"
+            )
 
 
-def build_model(args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig) -> MergingViT:
+class BuiltModel(NamedTuple):
+    """A model, and the names of those of its parameters that no weights were found for."""
+
+    model: MergingViT
+    fresh: tuple[str, ...]
+
+
+def build_model(args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig) -> BuiltModel:
     """Build the model and load its weights; prints what was loaded.
 
     The weights of a resumed run are loaded here too, through the adapter that serves --finetune: it knows the names of
@@ -78,7 +122,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         registers = tensors["reg_token"].shape[1]
     if weights.stored is not None and register_layer is None and registers:
         register_layer = weights.stored.get("register_layer")
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
         warnings.simplefilter("always", UserWarning)
         model = create_model(
             weights.name,
@@ -93,6 +137,8 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         )
     for message in caught:
         log(f"warning: {message.message}")
+    _check_merges(model, args)
+    fresh: tuple[str, ...] = ()
     if tensors is not None:
         strict = args.eval or weights.resumed is not None
         report = load_weights(
@@ -100,17 +146,95 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         )
         for line in report.lines():
             log(f"{weights.path}: {line}")
-    elif weights.pretrained and model.num_classes != 1000 and not args.eval:
+        fresh = report.fresh
+    elif weights.pretrained and _published_classes(weights.name) not in (None, model.num_classes) and not args.eval:
         log(f"{weights.name}: published weights; the head is fresh, for {num_classes} classes")
-    return model
+        fresh = tuple(name for name in model.state_dict() if name.split(".")[0] in ("head", "head_dist"))
+    return BuiltModel(model, fresh)
 
 
-def build_config(args: Namespace, name: str) -> DataConfig:
-    """Return the preprocessing of a model's published weights, as flags change it."""
-    check_name(name)
-    config = DataConfig(**data_settings(name))
+@contextmanager
+def _ways_out_in_flags() -> Iterator[None]:
+    """Turn the advice of a model without weights, which is for Python, into flags."""
+    try:
+        yield
+    except NoWeightsError as error:
+        advice = "give --finetune FILE (weights you have), or --no_pretrained to start from random weights"
+        raise UserError(f"{error.problem}; {advice}") from error
+
+
+def _published_classes(name: str) -> int | None:
+    cfg = timm.get_pretrained_cfg(timm_name(name), allow_unregistered=True)
+    return None if cfg is None else cfg.num_classes
+
+
+def _check_merges(model: MergingViT, args: Namespace) -> None:
+    """Refuse an amount of merging of which no block takes any."""
+    for r in args.r_evals or [model.merge.r]:
+        if model.merge.method != "none" and parse_schedule(r) != 0 and not any(model.plan(r).merges):
+            raise UserError(
+                f"r={format_schedule(parse_schedule(r))} merges nothing in the {len(model.blocks)} blocks of this "
+                "model; check --dense_layers, --activate_layer and --r, or give --merge none"
+            )
+
+
+# Preprocessing and classes, which a checkpoint carries
+
+
+def data_record(data: Data) -> dict[str, Any]:
+    """Return what it takes to use a model on new images, in plain values: `data` of a checkpoint.
+
+    Its class names are those of the data set (folders), its class labels the same for people, both by number.
+    """
+    settings = asdict(data.config) | {"input_size": [data.config.input_size] * 2}
+    return to_jsonable(settings | {"class_names": data.class_names, "class_labels": data.class_labels})
+
+
+def stored_config(record: dict[str, Any], source: str) -> DataConfig:
+    """Return the preprocessing of a `data_record`.
+
+    Raises:
+        UserError: the record is not one.
+    """
+    try:
+        return DataConfig(
+            input_size=int(record["input_size"][0]),
+            mean=tuple(float(value) for value in record["mean"]),
+            std=tuple(float(value) for value in record["std"]),
+            interpolation=str(record["interpolation"]),
+            crop_pct=float(record["crop_pct"]),
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{source}: its record of the preprocessing is damaged ({reason})") from error
+
+
+def build_config(args: Namespace, weights: Weights) -> DataConfig:
+    """Return the preprocessing that weights were trained with, as flags change it.
+
+    It is the checkpoint's where that holds one, else that of the model's published weights, with the mean and std of a
+    data set that has its own. A flag that differs from the checkpoint's value wins, with a note.
+    """
+    check_name(weights.name)
     changes = {"input_size": args.input_size, "crop_pct": args.eval_crop_ratio}
+    flags = {"input_size": "input_size", "crop_pct": "eval_crop_ratio"}
+    if weights.data is None:
+        config = with_own_preprocessing(DataConfig(**data_settings(weights.name)), args.dataset)
+        if (args.input_size or config.input_size) <= WHOLE_PIXELS:
+            config = replace(config, crop_pct=1.0)
+    else:
+        config = stored_config(weights.data, str(weights.path))
+        changes = {key: value for key, value in changes.items() if flags[key] in args.given}  # not the recipe's
+        for key, value in changes.items():
+            if value is not None and value != getattr(config, key):
+                log(f"note: --{flags[key]} {value} in place of the checkpoint's {getattr(config, key)}")
     return replace(config, **{key: value for key, value in changes.items() if value is not None})
+
+
+def assumed_classes(num_classes: int) -> tuple[str, ...] | None:
+    """Return the class names of weights that carry none: timm's convention tells ImageNet's sets by their number."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return tuple(ImageNetInfo(subset).label_names()) if subset else None
 
 
 def build_teacher(args: Namespace, num_classes: int, device: torch.device | str) -> nn.Module | None:
@@ -166,18 +290,50 @@ def _published_teacher(name: str, num_classes: int) -> nn.Module:
     return teacher
 
 
-def prepare(args: Namespace, dist: Distributed) -> tuple[Data, Weights, MergingViT, Precision]:
+class Prepared(NamedTuple):
+    """What training and evaluation share; `fresh` names the parameters that no weights were found for."""
+
+    data: Data
+    weights: Weights
+    model: MergingViT
+    fresh: tuple[str, ...]
+    precision: Precision
+
+
+def prepare(args: Namespace, dist: Distributed) -> Prepared:
     """Build everything that training and evaluation share; the cheapest checks come first."""
     setup_output(args.output_dir, dist.is_main)
     seed_all(args.seed)  # the same fresh parameters on all ranks
     precision = build_precision(args, dist.device)
     weights = Weights(args, args.model)
-    data = build_data(args, build_config(args, weights.name))
+    data = _with_stored_classes(build_data(args, build_config(args, weights)), weights, args)
     for note in data.notes:
         log(f"note: {note}")
-    model = build_model(args, weights, data.num_classes, data.config).to(dist.device)
+    model, fresh = build_model(args, weights, data.num_classes, data.config)
+    if weights.resumed and not args.eval:
+        weights.check_same_model(model)
     describe(model, weights, data)
-    return data, weights, model, precision
+    return Prepared(data, weights, model.to(dist.device), fresh, precision)
+
+
+def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
+    """Hold the classes of the data against those that the weights were trained on.
+
+    An evaluation may lack some of the classes: its labels are then numbered as the checkpoint numbers them. Weights to
+    finetune may be of other classes altogether.
+
+    Raises:
+        UserError: the data has classes that the checkpoint does not know, or a resumed training has other ones.
+    """
+    stored = tuple((weights.data or {}).get("class_names") or ())
+    if not stored or stored == data.class_names or not (args.eval or weights.resumed):
+        return data
+    if args.eval and set(data.class_names) <= set(stored):
+        return with_classes(data, stored)
+    raise UserError(
+        f"the classes of {weights.path} are not those of the data: {differing_classes(stored, data.class_names)}; "
+        "give the data that it was trained on, or finetune it for these classes with --finetune"
+    )
 
 
 def describe(model: MergingViT, weights: Weights, data: Data) -> None:
@@ -198,21 +354,27 @@ def device_name(device: torch.device) -> str:
 
 
 class Inference(NamedTuple):
-    """A model in evaluation mode, its preprocessing, and where both come from."""
+    """A model in evaluation mode, its preprocessing, and where both come from.
+
+    `class_names` are in the order of the logits, `class_labels` the same for people; both are None if nobody knows.
+    """
 
     model: MergingViT
     config: DataConfig  # how its images are prepared
     name: str
     source: str  # of the weights
+    class_names: tuple[str, ...] | None = None
+    class_labels: tuple[str, ...] | None = None
 
 
 def load_for_inference(args: Namespace, device: torch.device | str = "cpu") -> Inference:
     """Build the model that main.py's options ask for, without a data set: its classes are those of its weights."""
     seed_all(args.seed)
     weights = Weights(args, args.model)
-    config = build_config(args, weights.name)
-    config = with_own_normalisation(config, args.dataset)
+    config = build_config(args, weights)
     head = (weights.tensors() or {}).get("head.weight")
     classes = None if head is None else len(head)  # None: the model's own
-    model = build_model(args, weights, classes, config).to(device).eval()
-    return Inference(model, config, weights.name, weights.source)
+    model = build_model(args, weights, classes, config).model.to(device).eval()
+    names = tuple((weights.data or {}).get("class_names") or ()) or assumed_classes(model.num_classes)
+    labels = tuple((weights.data or {}).get("class_labels") or ()) or (names and readable_names(names))
+    return Inference(model, config, weights.name, weights.source, names, labels)

@@ -12,19 +12,16 @@ newest whole one. A disk that lies about syncing can still leave a torn file: th
 """
 
 import argparse
-import hashlib
 import os
 import pathlib
 import random
 import re
 import shutil
-import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -32,8 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from distributed import broadcast_object
+from downloads import cached_path, fetch, is_url
 from models.errors import UserError
-from utils import atomic_write, first_line, is_main_process, log, temporary_path
+from utils import atomic_write, first_line, is_main_process, log, temporary_path, without_credentials
 
 
 class DamagedCheckpoint(UserError):
@@ -51,6 +49,12 @@ _ALLOWED_TYPES: list[Any] = [
 
 
 _RESUME_KEYS = ("model", "optimizer", "lr_scheduler", "epoch")
+_COUNTS = ("epoch", "step")
+_RESUME_TYPES: dict[str, Any] = {
+    **dict.fromkeys(_COUNTS, int),
+    "best": (int, float),
+    **dict.fromkeys(("optimizer", "lr_scheduler", "rng", "sampler", "epoch_log"), dict),
+}
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before version 1.6
 
 
@@ -105,7 +109,27 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         UserError: it is missing, unreadable, or holds objects other than tensors and plain values (named).
         DamagedCheckpoint: it is empty, torn, altered (each part's checksum is compared) or not a checkpoint.
     """
-    file = _download(str(path)) if _is_url(path) else Path(path).expanduser()
+    return _load_url(str(path), map_location) if is_url(path) else _load_file(Path(path).expanduser(), map_location)
+
+
+def _load_url(url: str, map_location: str | torch.device) -> dict[str, Any]:
+    """Read a URL's file from the cache; what is damaged there is fetched again, once."""
+    cached = cached_path(url).exists()
+    try:
+        return _load_file(fetch(url), map_location)
+    except DamagedCheckpoint as error:
+        damage = error
+    try:
+        if not cached:
+            raise damage
+        log(f"warning: {damage}: fetching it again")
+        return _load_file(fetch(url, anew=True), map_location)
+    except DamagedCheckpoint as error:
+        cached_path(url).unlink(missing_ok=True)
+        raise UserError(f"{without_credentials(url)} serves no whole checkpoint: {error}") from error
+
+
+def _load_file(file: Path, map_location: str | torch.device) -> dict[str, Any]:
     start = _read_start(file)
     if file.suffix == ".safetensors":
         return {"model": _load_safetensors(file, map_location)}
@@ -116,31 +140,6 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise DamagedCheckpoint(f"{file} is not a checkpoint: it holds a {type(state).__name__}, not named tensors")
     bare = all(isinstance(value, torch.Tensor) for value in state.values())
     return {"model": state} if bare else state
-
-
-def _is_url(path: str | Path) -> bool:
-    return str(path).startswith(("http://", "https://"))
-
-
-def _download(url: str) -> Path:
-    """Return the path of a URL's file in torch's hub cache; the file is downloaded if it is not there.
-
-    A name with a hash in it, as DeiT's have, is kept, so that a cache filled elsewhere serves. Other names get the hash
-    of the URL, so that two files called checkpoint.pth are two files.
-    """
-    name = os.path.basename(urlparse(url).path) or "checkpoint.pth"
-    if not re.search(r"-[0-9a-f]{8,}\.", name):
-        name = f"{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}-{name}"
-    target = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), progress=sys.stderr.isatty() and is_main_process())
-    except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
-        hint = f"download it elsewhere and put it at {target}, or give a local file"
-        raise UserError(f"cannot download {url}: {first_line(error)}; {hint}") from error
-    return target
 
 
 def _read_start(file: Path) -> bytes:
@@ -167,9 +166,18 @@ def _check_zip(file: Path) -> None:
     """Compare the checksum of every part, which torch.load does not."""
     try:
         with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+            if packed is not None or sum(entry.file_size for entry in entries) > file.stat().st_size:
+                raise DamagedCheckpoint(
+                    f"checkpoint {file} has compressed parts ({packed or 'that share their bytes'}), which torch.save "
+                    "never writes: unpacked they may fill the memory; save it anew"
+                )
             bad = archive.testzip()
             # torch reads nothing for an entry that is marked as a folder, and leaves its tensor uninitialised
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            folders = [entry.filename for entry in entries if entry.external_attr & 0x10]
+    except DamagedCheckpoint:
+        raise
     except Exception as error:  # zipfile raises nearly any type on altered bytes
         raise _damaged(file, first_line(error)) from error
     if bad is not None or folders:
@@ -246,14 +254,21 @@ def load_resume(resume: str | None, output_dir: str | Path | None) -> tuple[dict
         raise UserError(message)
     if path is None:
         return None
-    return state if state is not None else load_checkpoint(path), path
+    return state if state is not None else load_checkpoint(path), without_credentials(path)
 
 
 def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
-    """Raise UserError if a checkpoint holds weights only, from which training cannot go on."""
+    """Raise UserError if a checkpoint holds weights only, from which training cannot go on, or odd values."""
     missing = [key for key in _RESUME_KEYS if key not in state]
     if missing:
         raise UserError(f"{path} cannot resume training: it has no {', '.join(missing)}; use --finetune {path}")
+    for key, kinds in _RESUME_TYPES.items():
+        value = state.get(key, 0)
+        if key in state and (not isinstance(value, kinds) or isinstance(value, bool) or (key in _COUNTS and value < 0)):
+            raise UserError(f"{path} was altered: its {key} is {value!r:.40}; take another checkpoint")
+    counts = {"samples", "sums", "nonfinite", "seconds"}
+    if not state.get("epoch_log", {}).keys() <= counts:
+        raise UserError(f"{path} was altered: its epoch_log has {sorted(state['epoch_log'])}; take another checkpoint")
 
 
 # Random streams

@@ -17,6 +17,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -36,6 +37,7 @@ from models.errors import UserError
 from sources import DATASETS, FileSource, Source, data_root, find_images, missing_data, open_splits, readable_names
 from utils import RunError, log, mix_seed
 
+WHOLE_PIXELS = 32  # inputs up to this size show the whole image, without a crop
 MAX_TRIES = 100  # unreadable images in a row before training stops
 REPEATS = 3  # copies of an image under repeated augmentation, as in DeiT
 ORDER = 2  # of the samples in an epoch: to be raised when the rule in `GlobalBatches` changes
@@ -159,9 +161,9 @@ def build_transform(args: Namespace, config: DataConfig, train: bool, whole: boo
     Raises:
         UserError: timm does not know an augmentation.
     """
-    shift = math.ceil(config.input_size / 16) if whole else 4 if config.input_size <= 32 else None
     if not train:
-        return _eval_transform(config, shift is not None)
+        return _eval_transform(config)
+    shift = math.ceil(config.input_size / 16) if whole else 4 if config.input_size <= WHOLE_PIXELS else None
     try:
         return _three_augment(args, config) if args.three_augment else _deit_transform(args, config, shift)
     except (AssertionError, KeyError, ValueError, IndexError) as error:
@@ -169,8 +171,8 @@ def build_transform(args: Namespace, config: DataConfig, train: bool, whole: boo
         raise UserError(f"timm refuses one of {flags} ({error}); --aa none --remode pixel are safe") from error
 
 
-def _eval_transform(config: DataConfig, whole: bool) -> T.Compose:
-    size = config.input_size if whole else math.floor(config.input_size / config.crop_pct)
+def _eval_transform(config: DataConfig) -> T.Compose:
+    size = math.floor(config.input_size / config.crop_pct)
     resize = T.Resize(size, T.InterpolationMode(config.interpolation))
     return T.Compose([resize, T.CenterCrop(config.input_size), T.ToTensor(), T.Normalize(config.mean, config.std)])
 
@@ -240,10 +242,24 @@ class Data:
     class_labels: tuple[str, ...] = ()
 
 
-def with_own_normalisation(config: DataConfig, dataset: str) -> DataConfig:
-    """Return a model's preprocessing with the mean and std of a data set for which no weights are published."""
-    normalisation = DATASETS[dataset].normalisation
-    return config if normalisation is None else replace(config, mean=normalisation[0], std=normalisation[1])
+def with_own_preprocessing(config: DataConfig, dataset: str) -> DataConfig:
+    """Return a model's preprocessing as changed by a data set for which no weights are published: mean, std, crop."""
+    info = DATASETS[dataset]
+    if info.normalisation is not None:
+        config = replace(config, mean=info.normalisation[0], std=info.normalisation[1])
+    return replace(config, crop_pct=1.0) if info.whole else config
+
+
+def with_classes(data: Data, names: Sequence[str]) -> Data:
+    """Number the labels of the validation split as `names` does, which hold all classes of the data and more."""
+    numbers = np.array([names.index(name) for name in data.class_names])
+    val = copy(data.val)
+    val.targets = numbers[data.val.targets]
+    absent = len(names) - len(data.class_names)
+    note = f"{absent} of the checkpoint's {len(names)} classes are not in the data"
+    notes = (*data.notes, note) if absent else data.notes
+    labels = readable_names(names)
+    return replace(data, val=val, notes=notes, class_names=tuple(names), class_labels=labels, num_classes=len(names))
 
 
 def build_data(args: Namespace, config: DataConfig) -> Data:
@@ -252,14 +268,14 @@ def build_data(args: Namespace, config: DataConfig) -> Data:
     Raises:
         UserError: the data set is missing, odd or empty.
     """
-    config, whole = with_own_normalisation(config, args.dataset), DATASETS[args.dataset].whole
+    whole = DATASETS[args.dataset].whole
     splits = open_splits(args, config.input_size)
     train = None
     if splits.train is not None:
         transform = build_transform(args, config, train=True, whole=whole)
         indices = _limited(splits.train, "train", args)
         train = ImageSet(splits.train, transform, config.input_size, indices, MAX_TRIES)
-    transform = build_transform(args, config, train=False, whole=whole)
+    transform = build_transform(args, config, train=False)
     val = ImageSet(splits.val, transform, config.input_size, _limited(splits.val, "val", args))
     names, notes = splits.class_names, splits.notes
     if len(names) == 1:

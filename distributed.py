@@ -2,7 +2,10 @@
 
 import dataclasses
 import os
+import re
+import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as c10d
+from torch.distributed.rendezvous import rendezvous
 
 from models.errors import UserError
 from utils import RunError, first_line, is_initialized, nearest
@@ -176,15 +180,34 @@ def init_distributed(device: str | None = None) -> Distributed:
         return Distributed(chosen)
     meeting = f"tcp://{f'[{launch.address}]' if ':' in launch.address else launch.address}:{launch.port}"
     with distributed_errors(f"the start of process {launch.rank} of {launch.world} at {meeting}"):
+        if launch.rank:
+            _wait_for_meeting_point(launch, timeout.total_seconds())
+        store, _, _ = next(rendezvous(meeting, launch.rank, launch.world, timeout=timeout))
+        store.set_timeout(timeout)
+        # torchrun starts its ranks anew on the same store, where the addresses of their dead predecessors are
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         c10d.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
-            init_method=meeting,
+            store=c10d.PrefixStore(f"attempt{attempt}of{launch.world}", store),
             rank=launch.rank,
             world_size=launch.world,
             timeout=timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return Distributed(chosen, launch.rank, launch.world, launch.local_rank or 0)
+
+
+def _wait_for_meeting_point(launch: LaunchInfo, seconds: float) -> None:
+    """Wait until somebody listens there: torch's own wait ends with forty frames of its stack on stderr."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((launch.address, launch.port), timeout=seconds).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nobody answers there within {seconds:g} s ({error.strerror or error})") from error
+        time.sleep(0.2)
 
 
 def close_distributed() -> None:
@@ -199,7 +222,25 @@ def distributed_errors(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RunError(f"lost contact with the other processes in {what}: {first_line(error)}") from error
+        raise lost_contact(what, error) from error
+
+
+def lost_contact(what: str, error: RuntimeError) -> RunError:
+    """Word the error of a process that waits for another one, which is not its own fault."""
+    return RunError(
+        f"lost contact with the other processes in {what}: {plain_reason(error)}; this process is whole, another one "
+        "was killed or hangs: see the launcher's last lines"
+    )
+
+
+def plain_reason(error: BaseException) -> str:
+    """Say in plain words what a message of gloo, NCCL or torch's store means, without source lines and wishes."""
+    text = first_line(error)
+    if found := re.search(r"[Cc]onnection (?:closed by|reset by) peer(?: \[([\w.:]+)\])?|Broken pipe", text):
+        return f"a process on {found[1]} closed the connection" if found[1] else "another process closed the connection"
+    if found := re.search(r"(?:[Tt]imed out waiting|timed out after) (\d+) ?ms", text):
+        return f"no answer within {int(found[1]) / 1000:g} s"
+    return re.sub(r"\[[^\]]*\.cc:\d+\] |(?: GLHF!.*| This is typically caused by.*)$", "", text)
 
 
 def collective_device() -> torch.device:

@@ -19,16 +19,19 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
+from timm.scheduler import PlateauLRScheduler, TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Batch, EvalLoader, TrainLoader
-from distributed import Distributed, all_reduce_sum, any_rank, gather_names, max_over_ranks
+from distributed import Distributed, all_reduce_sum, any_rank, gather_names, lost_contact, max_over_ranks
 from models.errors import UserError
+from models.schedule import format_schedule
 from utils import Progress, RunError, StopSignal, compile_model, log, seed_all
+
+EMA_GAMMA = 9.0  # of the average's warm-up, as in TensorFlow's (1 + t) / (10 + t)
 
 
 class LossFn(Protocol):
@@ -39,6 +42,7 @@ class LossFn(Protocol):
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]: ...
     def start_epoch(self, epoch: int) -> None: ...
+    def start_update(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -100,13 +104,13 @@ class RunControl:
         stop: a signal's request, which the ranks exchange; None: nobody listens to signals.
         unreadable: where unreadable images are counted; None: they are not reported.
         max_nonfinite: steps that may be skipped before the run stops.
-        log_every: updates, or batches of an evaluation, between two lines of progress.
+        log_every: updates, or batches of an evaluation, between two lines of progress; None is `Progress`'s own.
     """
 
     stop: StopSignal | None = None
     unreadable: UnreadableImages | None = None
     max_nonfinite: int = 10
-    log_every: int = 10
+    log_every: int | None = None
 
     @property
     def stop_requested(self) -> bool:
@@ -174,6 +178,7 @@ class Learner:
     clip_grad: float | None = None
     accumulation: int = 1
     seed: int = 0
+    ema_updates: int | None = 0  # done so far; None: the decay stays constant, as in runs before there was a warm-up
 
     @property
     def lr(self) -> float:
@@ -191,6 +196,25 @@ class Learner:
             self.scheduler.step(epoch)  # type: ignore[arg-type]  # annotated as int
         return self.lr
 
+    def scale_lr(self, factor: float) -> float:
+        """Multiply the rates of the whole schedule but its floor and the start of its warm-up.
+
+        Returns:
+            The highest rate of the schedule before.
+        """
+        before = max(self.scheduler.base_values)
+        self.scheduler.base_values = [value * factor for value in self.scheduler.base_values]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+        if warmup := self.scheduler.warmup_t:  # type: ignore[attr-defined]  # every schedule of timm's has one
+            start = self.scheduler.warmup_lr_init  # type: ignore[attr-defined]
+            tanh = isinstance(self.scheduler, TanhLRScheduler)  # its warm-up meets the schedule below its top
+            tops = self.scheduler._get_lr(warmup) if tanh else self.scheduler.base_values
+            steps = [(value - start) / warmup for value in tops]
+            self.scheduler.warmup_steps = steps  # type: ignore[attr-defined]
+        return before
+
     def end_epoch(self, epoch: int, accuracy: float) -> None:
         """Tell the schedule that waits for a plateau the validation accuracy of an epoch."""
         if isinstance(self.scheduler, PlateauLRScheduler):
@@ -201,6 +225,7 @@ class Learner:
         return {
             "model": self.module.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "ema_updates": self.ema_updates,
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": scheduler_state(self.scheduler),
             "scaler": self.precision.scaler.state_dict(),
@@ -214,9 +239,10 @@ class Learner:
         """
         self.optimizer.load_state_dict(state["optimizer"])
         load_scheduler_state(self.scheduler, state["lr_scheduler"])
+        ema = state.get("model_ema")
         if self.ema is not None:  # a run that kept no average starts one from its weights
-            ema = state.get("model_ema")
             self.ema.module.load_state_dict(state["model"] if ema is None else ema)
+            self.ema_updates = self.ema_updates if ema is None else state.get("ema_updates")
         if state.get("scaler"):  # a run without fp16 has left none
             self.precision.scaler.load_state_dict(state["scaler"])
 
@@ -249,8 +275,7 @@ class Learner:
         except RuntimeError as error:
             if not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
                 raise
-            reason = str(error).partition("\n")[0]
-            raise RunError(f"lost contact with the other processes in a sum of gradients: {reason}") from error
+            raise lost_contact("a sum of gradients", error) from error
 
     def _move(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = batch.images.to(self.dist.device, non_blocking=True)
@@ -270,12 +295,11 @@ class Learner:
             Sums of the loss and its parts over samples, at the weights themselves.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.start_update()  # all micro-batches, and both passes of sharpness, run the same schedules
         if self.sharpness is None:
             return self.gradients(group, epoch, first)
-        streams = self.objective.state_dict()  # the second pass must draw the same schedules as the first
         sums = self.gradients(group, epoch, first, sync=False)
         self.sharpness.ascend(self.precision.scaler.get_scale())
-        self.objective.load_state_dict(streams)
         self.gradients(group, epoch, first)
         self.sharpness.restore()
         return sums
@@ -289,7 +313,8 @@ class Learner:
         scaler.step(self.optimizer)
         scaler.update()
         if self.ema is not None:
-            self.ema.update(self.module)
+            self.ema_updates = None if self.ema_updates is None else self.ema_updates + 1
+            self.ema.update(self.module, self.ema_updates)
 
     def gradients_finite(self) -> bool:
         """Tell whether all gradients are finite; fp16's scaler looks itself (an overflow is part of its search)."""
@@ -443,12 +468,12 @@ def evaluate(
             together before every batch, and a stop on any of them returns None.
 
     Raises:
-        RunError: too many unreadable images.
+        RunError: too many unreadable images, or outputs that are not finite.
     """
     control = control or RunControl()
     model.eval()
-    # correct@1, correct@5, loss, agree, kl, per schedule; then images and readable images
-    sums = torch.zeros(len(schedules), 5, dtype=torch.double, device=dist.device)
+    # correct@1, correct@5, loss, agree, kl, images without finite logits, per schedule; then images and readable images
+    sums = torch.zeros(len(schedules), 6, dtype=torch.double, device=dist.device)
     counts = torch.zeros(2, dtype=torch.double, device=dist.device)
     names: list[str] = []
     progress = Progress(loader, len(loader), title, control.log_every, dist.is_main)
@@ -474,14 +499,21 @@ def evaluate(
     names = gather_names(names)
     if control.unreadable is not None and names:
         control.unreadable.report(names)
+    if sums[:, 5].any():
+        row = int(sums[:, 5].argmax())
+        at = "" if schedules[row] is None else f" at r={format_schedule(schedules[row])}"
+        raise RunError(
+            f"{title}: the model's outputs are NaN or infinite for {int(sums[row, 5])} of {int(counts[1])} images{at}; "
+            "its weights are damaged or its training diverged (lower --lr, set --clip_grad), or --amp fp16 overflows"
+        )
     return [_scores(row, counts, agreement) for row in sums]
 
 
 def _score(logits: Tensor, targets: Tensor, valid: Tensor, dense: Tensor | None) -> Tensor:
-    """Sum correct@1, correct@5, loss, agree and kl over the readable images of a batch."""
+    """Sum correct@1, correct@5, loss, agree, kl and rows that are not finite over the readable images of a batch."""
     logits, targets = logits[valid].double(), targets[valid]
     if not len(logits):
-        return torch.zeros(5, dtype=torch.double, device=logits.device)
+        return torch.zeros(6, dtype=torch.double, device=logits.device)
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     loss = F.cross_entropy(logits, targets, reduction="sum")
     agree, kl = loss.new_zeros(()), loss.new_zeros(())
@@ -489,12 +521,13 @@ def _score(logits: Tensor, targets: Tensor, valid: Tensor, dense: Tensor | None)
         other = dense[valid].double()
         agree = (other.argmax(1) == logits.argmax(1)).sum().double()
         kl = F.kl_div(logits.log_softmax(1), other.log_softmax(1), reduction="sum", log_target=True)
-    return torch.stack((hits[:, 0].sum().double(), hits.any(dim=1).sum().double(), loss, agree, kl))
+    nonfinite = (~logits.isfinite().all(dim=1)).sum().double()
+    return torch.stack((hits[:, 0].sum().double(), hits.any(dim=1).sum().double(), loss, agree, kl, nonfinite))
 
 
 def _scores(row: Tensor, counts: Tensor, agreement: bool) -> Scores:
     images, readable = counts.tolist()
-    correct1, correct5, loss, agree, kl = row.tolist()
+    correct1, correct5, loss, agree, kl, _ = row.tolist()
     per_image, per_readable = 1 / max(images, 1), 1 / max(readable, 1)
     return Scores(
         acc1=100 * correct1 * per_image,
@@ -584,7 +617,7 @@ def build_learner(
         groups: parameters with their weight decay and factors on the rate (`models.parameters.parameter_groups`).
     """
     module.set_grad_checkpointing(args.grad_checkpointing)  # type: ignore[operator]
-    ema = ModelEmaV3(module, decay=args.model_ema_decay) if args.model_ema else None
+    ema = build_average(args, module) if args.model_ema else None
     model: nn.Module = compile_model(module) if args.compile else module
     if dist.distributed:
         ids = [dist.device.index] if dist.device.type == "cuda" else None
@@ -605,6 +638,23 @@ def build_learner(
         clip_grad=args.clip_grad,
         accumulation=args.accumulation_steps,
         seed=args.seed,
+        ema_updates=0 if args.model_ema_warmup else None,
+    )
+
+
+def build_average(args: Namespace, module: nn.Module) -> ModelEmaV3:
+    """Build the moving average of the weights; its decay after t updates is t / (9 + t), at most the asked one.
+
+    A constant decay of 0.99996 needs 25,000 updates to forget the initial weights, more than most runs have. With the
+    warm-up the average always spans about the last ninth of the updates, be it 100 or 100,000 of them, until the asked
+    decay is reached (0.99996 after 225,000 updates, of the 375,000 of DeiT's run).
+    """
+    return ModelEmaV3(
+        module,
+        decay=args.model_ema_decay,
+        use_warmup=args.model_ema_warmup,
+        warmup_gamma=EMA_GAMMA,
+        warmup_power=1.0,
     )
 
 

@@ -134,6 +134,7 @@ class Objective:
         self.criterion, self.passes, self.distillation = criterion, passes, distillation
         self.r, self.warmup_epochs = r, warmup_epochs
         self.generator = torch.Generator().manual_seed(seed)
+        self.full_r: Schedule | None = None
         alpha = distillation.alpha if distillation else 0.0
         self.weights = {
             "ce": passes.merged_weight * (1 - alpha),
@@ -147,6 +148,11 @@ class Objective:
         """Set `r_now`, the schedule of the merged pass; None is the model's own."""
         warming = epoch < self.warmup_epochs
         self.r_now: Schedule | None = warmup_schedule(self.r, epoch, self.warmup_epochs) if warming else None
+
+    def start_update(self) -> None:
+        """Draw the r' of an update's full passes; without this call one is drawn for the first batch, and kept."""
+        if self.passes.full_weight:
+            self.full_r = self.draw_full_r()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the position in the stream of r'; everything else follows from the arguments."""
@@ -166,7 +172,9 @@ class Objective:
         """
         # the merged pass is first: its dropout and drop-path draw the same numbers with and without a full pass
         merged = self._forward(model, images, self.r_now) if self.passes.runs_merged else None
-        full = self._forward(model, images, self.draw_full_r()) if self.passes.full_weight else None
+        if self.full_r is None:
+            self.start_update()
+        full = self._forward(model, images, self.full_r) if self.passes.full_weight else None
         parts: dict[str, Tensor] = {}
         if merged is not None and self.passes.merged_weight:
             parts["ce"] = self.criterion(merged.logits_class, targets)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from build import device_name, prepare
+from build import data_record, device_name, prepare
 from datasets import bad_image_limit, build_eval_loader
 from distributed import Distributed, barrier, init_distributed
 from engine import Precision, RunControl, Scores, UnreadableImages, evaluate, throughput
@@ -23,7 +23,7 @@ from models.registry import native_model
 from models.schedule import TokenPlan, format_schedule, parse_schedule
 from options import exit_status, parse_args
 from trainer import run_training
-from utils import compile_model, git_revision, log, versions, write_json
+from utils import StopSignal, compile_model, die_with_launcher, git_revision, log, to_jsonable, versions, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
 
 def run_eval(args: Namespace, dist: Distributed) -> int:
     """Evaluate every schedule of --r_evals in one pass over the data, and write result.json."""
-    data, weights, model, precision = prepare(args, dist)
+    data, weights, model, _, precision = prepare(args, dist)
     schedules = [parse_schedule(r) for r in args.r_evals or [model.merge.r]]
     plans = [model.plan(r) for r in schedules]  # a schedule that does not fit is told before the pass over the data
     forward: nn.Module = compile_model(model) if args.compile else model
@@ -62,16 +62,17 @@ def run_eval(args: Namespace, dist: Distributed) -> int:
         "model": weights.name,
         "weights": weights.source,
         "dataset": data.name,
+        "data": data_record(data),
         "num_registers": model.num_registers,
         "merge": model.merge.as_dict(),
         "n_images": scores[0].n_images,
         "device": device_name(dist.device),
         "versions": versions(),
         "git": git_revision(),
+        "args": to_jsonable(args),
         "rows": rows,
     }
-    if args.output_dir and dist.is_main:
-        write_json(Path(args.output_dir) / "args.json", args)
+    if args.output_dir and dist.is_main:  # args.json is the record of the training run that may lie there
         write_json(Path(args.output_dir) / "result.json", result)
         log(f"wrote {Path(args.output_dir) / 'result.json'}")
     barrier()
@@ -129,4 +130,6 @@ def add_throughput(
 
 
 if __name__ == "__main__":
+    StopSignal.ends_process = True
+    die_with_launcher()
     sys.exit(main())

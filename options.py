@@ -6,6 +6,7 @@ the defaults here, which are DeiT's. None stands for the default of the model or
 
 import argparse
 import difflib
+import itertools
 import math
 import sys
 from argparse import ArgumentTypeError, Namespace
@@ -25,9 +26,9 @@ from models.methods import METHODS, POOLINGS, all_knobs, methods_with
 from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import TRAIN_ONLY
 from models.registry import NAMES
-from models.schedule import parse_schedule
+from models.schedule import format_schedule, parse_schedule
 from sources import DATASET_ALIASES, DATASETS, RECIPES
-from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest
+from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest, without_credentials
 
 DESCRIPTION = """\
 Finetune and evaluate Vision Transformers with register tokens and token merging.
@@ -35,7 +36,24 @@ Finetune and evaluate Vision Transformers with register tokens and token merging
 torchrun --nproc_per_node=8 main.py --model deit_small --r 16 --num_registers 4
 python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
 """
+WARMUP_EPOCHS = 5  # DeiT's, for its 300 epochs
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
+
+
+# flags of DeiT and its relatives that are no flags here, and what takes their place
+NO_FLAGS = {
+    "--world_size": "the launcher sets the number of processes: torchrun --nproc_per_node=N, or srun",
+    "--dist_url": "the launcher sets the meeting point: torchrun --rdzv_endpoint, or MASTER_ADDR and MASTER_PORT",
+    "--start_epoch": "a resumed run goes on where its checkpoint stands; leave it out, or use --finetune to start anew",
+    "--train_mode": "the model trains in training mode; leave it out",
+    "--no_train_mode": "the model trains in training mode; for a frozen backbone give --train_only head",
+    "--attn_only": "to train a part of the model give --train_only",
+    "--inat_category": "iNaturalist's levels are named by the data set; see --dataset in --help",
+    "--cosub": "DeiT-III's co-training of submodels is not built; leave it out",
+    "--unscale_min_lr": "min_lr is never scaled; give --min_lr",
+    "--no_model_ema_force_cpu": "the average lies on the model's device; leave it out",
+    "--model_ema_force_cpu": "the average lies on the model's device; leave it out",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,14 +71,29 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: anything that argparse refuses, or a flag or word that it does not know.
         """
-        parsed, unknown = self.parse_known_args([normalise_flag(token) for token in argv], args or Namespace())
+        tokens = [normalise_flag(token) for token in argv]
+        self._refuse_contradictions(tokens)
+        parsed, unknown = self.parse_known_args(tokens, args or Namespace())
         for token in unknown:
             if not token.startswith("--"):
                 raise UserError(f"unexpected argument {token!r}; see --help")
+            if token.split("=")[0] in NO_FLAGS:
+                raise UserError(f"{token.split('=')[0]}: {NO_FLAGS[token.split('=')[0]]}")
             near = difflib.get_close_matches(token.split("=")[0], self.spellings(), n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"unknown flag {token.split('=')[0]}; {hint}see --help")
         return parsed
+
+    def _refuse_contradictions(self, tokens: Sequence[str]) -> None:
+        """Refuse --flag beside --no_flag, and a second --config, of which argparse would heed the last one only."""
+        flags = {token.split("=")[0] for token in tokens if token.startswith("--")}
+        for action in self.spellings().values():
+            named = sorted(flags.intersection(action.option_strings))
+            for other in sorted(flags):
+                if named and other == f"--no_{action.dest}" and action.const is True:
+                    raise UserError(f"{named[0]} and {other} contradict each other; give one of them")
+        if sum(token.split("=")[0] == "--config" for token in tokens) > 1:
+            raise UserError("--config is given twice; put both files into one")
 
     def defaults(self) -> dict[str, Any]:
         """Return the values of an empty command line."""
@@ -101,6 +134,7 @@ class Number:
     low: float
     high: float = math.inf
     low_excluded: bool = False
+    high_excluded: bool = False
 
     def __call__(self, text: str) -> Any:
         try:
@@ -109,9 +143,10 @@ class Number:
             name = "integer" if self.kind is int else "number"
             raise ArgumentTypeError(f"invalid {name} value: {text!r}") from None
         above = self.low < value if self.low_excluded else self.low <= value
-        if not above or not value <= self.high or value in (math.inf, -math.inf):  # "not <=" refuses NaN too
+        below = value < self.high if self.high_excluded else value <= self.high  # both are false for NaN
+        if not above or not below or value in (math.inf, -math.inf):
             interval = f"{'>' if self.low_excluded else '>='} {self.low:g}"
-            interval += f" and <= {self.high:g}" if self.high < math.inf else ""
+            interval += f" and {'<' if self.high_excluded else '<='} {self.high:g}" if self.high < math.inf else ""
             raise ArgumentTypeError(f"must be {interval}, not {text}")
         return value
 
@@ -121,7 +156,7 @@ non_negative_int = Number(int, 0, 10**9)
 positive_float = Number(float, 0, low_excluded=True)
 non_negative = Number(float, 0)
 unit_interval = Number(float, 0, 1)
-unit_interval_below_one = Number(float, 0, 1 - 1e-9)
+unit_interval_below_one = Number(float, 0, 1, high_excluded=True)
 
 
 def finite_number(text: str) -> int | float:
@@ -143,9 +178,19 @@ def dataset_name(text: str) -> str:
 def block_list(text: str) -> tuple[int, ...]:
     """Parse indices of blocks: 1,2,11 or [1,2,11]."""
     try:
-        return tuple(int(item) for item in text.strip("[]() ").split(",") if item.strip())
+        blocks = tuple(int(item) for item in text.strip("[]() ").split(",") if item.strip())
     except ValueError:
         raise ArgumentTypeError(f"invalid list of blocks value: {text!r}") from None
+    if not blocks:
+        raise ArgumentTypeError("names no block; for a model that does not merge give --merge none")
+    return blocks
+
+
+def nonempty(text: str) -> str:
+    """Refuse an empty text, which a script passes when a variable of its own is not set."""
+    if not text.strip():
+        raise ArgumentTypeError("is empty; name one or leave the flag out")
+    return text
 
 
 def add_boolean(group: Any, flag: str, default: bool | None, text: str, *aliases: str) -> None:
@@ -159,7 +204,7 @@ def add_boolean(group: Any, flag: str, default: bool | None, text: str, *aliases
 
 def _general_flags(parser: Parser) -> None:
     group = parser.add_argument_group("general")
-    group.add_argument("--config", metavar="FILE", help="yaml file of defaults: flag names without the dashes")
+    group.add_argument("--config", type=nonempty, metavar="FILE", help="yaml file of defaults: flags without dashes")
     group.add_argument("--seed", type=Number(int, 0, 2**63 - 1), default=0)
     group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
 
@@ -169,13 +214,13 @@ def _data_flags(parser: Parser) -> None:
     group.add_argument(
         "--dataset", "--data_set", type=dataset_name, default="IMNET", metavar="NAME", help=", ".join(DATASETS)
     )
+    text = "folder of the data (default: data/<dataset>); WDS: or shards to train on, CSV: or a list"
+    group.add_argument("--data_path", type=nonempty, help=text)
+    group.add_argument("--val_path", type=nonempty, metavar="LIST", help="WDS, CSV: shards or list to evaluate on")
+    text = "pixels (default: the checkpoint's or the model's)"
+    group.add_argument("--input_size", type=Number(int, 1, 4096), help=text)
     group.add_argument(
-        "--data_path", help="folder of the data (default: data/<dataset>); WDS: or shards to train on, CSV: or a list"
-    )
-    group.add_argument("--val_path", metavar="LIST", help="WDS, CSV: shards or list to evaluate on")
-    group.add_argument("--input_size", type=Number(int, 1, 4096), help="pixels (default: the model's)")
-    group.add_argument(
-        "--eval_crop_ratio", type=unit_interval, help="crop / resize in evaluation (default: the model's)"
+        "--eval_crop_ratio", type=unit_interval, help="crop / resize in evaluation (default: as input_size)"
     )
     group.add_argument("--batch_size", type=positive_int, default=64, help="per process and micro-step")
     group.add_argument(
@@ -196,13 +241,16 @@ def _data_flags(parser: Parser) -> None:
 
 def _model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="NAME", help="ours or a timm ViT name (default: deit_small)")
+    text = "ours or a timm ViT name (default: the checkpoint's, else deit_small)"
+    group.add_argument("--model", type=nonempty, metavar="NAME", help=text)
     group.add_argument("--num_registers", type=Number(int, 0, 1024), help="in all (default: what the model has)")
     group.add_argument(
         "--register_layer", type=non_negative_int, help="block before which registers enter (default: 0)"
     )
     add_boolean(group, "pretrained", None, "timm's weights (default: yes, unless --finetune or --resume is given)")
-    group.add_argument("--finetune", metavar="FILE|URL", help="weights to start from, of DeiT, timm, MCTF or ours")
+    text = "weights to start from, of DeiT, timm, MCTF or ours"
+    group.add_argument("--finetune", type=nonempty, metavar="FILE|URL", help=text)
+    add_boolean(group, "use_ema", False, "of a checkpoint.pth, which holds both: the average, not the raw weights")
 
 
 def _merging_flags(parser: Parser) -> None:
@@ -254,7 +302,7 @@ def _objective_flags(parser: Parser) -> None:
     group = parser.add_argument_group("objective")
     group.add_argument("--distillation_type", default="none", choices=("none", "soft", "hard"))
     group.add_argument("--teacher_model", default="regnety_160.deit_in1k", metavar="NAME", help="any timm model")
-    group.add_argument("--teacher_path", metavar="FILE|URL")
+    group.add_argument("--teacher_path", type=nonempty, metavar="FILE|URL")
     group.add_argument("--distillation_alpha", type=unit_interval, default=0.5)
     group.add_argument("--distillation_tau", type=positive_float, default=1.0)
     group.add_argument("--merged_weight", type=non_negative, default=1.0, help="of the loss of the merged pass")
@@ -282,7 +330,8 @@ def _optimizer_flags(parser: Parser) -> None:
     group.add_argument("--min_lr_times", type=non_negative, default=1.0, help="factor on min_lr and warmup_lr")
     group.add_argument("--warmup_lr", type=non_negative, default=1e-6)
     group.add_argument("--min_lr", type=non_negative, default=1e-5)
-    group.add_argument("--warmup_epochs", type=non_negative_int, default=5)
+    text = "may be a fraction (default: 5, of short runs a fifth of --epochs)"
+    group.add_argument("--warmup_epochs", type=non_negative, help=text)
     group.add_argument("--cooldown_epochs", type=non_negative_int, default=0, help="epochs at min_lr after --epochs")
     group.add_argument("--decay_epochs", type=positive_float, default=30.0)
     group.add_argument("--decay_rate", type=positive_float, default=0.1)
@@ -297,6 +346,9 @@ def _optimizer_flags(parser: Parser) -> None:
     group.add_argument("--train_only", choices=TRAIN_ONLY, default="all")
     add_boolean(group, "model_ema", True, "average the weights; evaluated beside the raw ones")
     group.add_argument("--model_ema_decay", type=unit_interval, default=0.99996)
+    add_boolean(group, "model_ema_warmup", True, "begin with a short average: about the last tenth of the run so far")
+    text = "of a new head on pretrained weights: a linear probe, or random (default: probe for small training sets)"
+    group.add_argument("--head_init", choices=("probe", "random"), help=text)
     group.add_argument(
         "--max_nonfinite", type=non_negative_int, default=10, help="non-finite steps that are skipped before a stop"
     )
@@ -315,13 +367,16 @@ def _run_flags(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="", metavar="DIR")
     group.add_argument(
-        "--resume", metavar="FILE|auto", help="go on from a checkpoint; auto: the newest in --output_dir"
+        "--resume", type=nonempty, metavar="FILE|auto", help="go on from a checkpoint; auto: the newest in --output_dir"
     )
+    add_boolean(group, "resume_anyway", False, "go on inside an epoch with another global batch, at the same image")
+    add_boolean(group, "overwrite", False, "start anew where --output_dir holds a run, which the first save replaces")
     group.add_argument("--save_every", type=positive_int, default=1, metavar="EPOCHS")
     group.add_argument(
         "--save_every_steps", type=non_negative_int, default=0, metavar="UPDATES", help="0: at epoch ends only"
     )
-    group.add_argument("--log_every", type=positive_int, default=10, metavar="UPDATES")
+    text = "updates between two lines (default: 10, in short epochs fewer)"
+    group.add_argument("--log_every", type=positive_int, metavar="UPDATES", help=text)
     group.add_argument(
         "--log_images",
         type=non_negative_int,
@@ -385,9 +440,22 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser = build_parser()
     defaults, given = parser.defaults(), _given(parser, named)
     recipe = RECIPES.get(given.get("dataset", defaults["dataset"]), {})
-    args = Namespace(**(defaults | recipe | given))
+    args = Namespace(**(defaults | recipe | given), given=sorted(given))
+    if args.eval:
+        _check_idle(parser.given(named))
+    if "warmup_epochs" not in given:
+        args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
     check_rules(args)
     return args
+
+
+def _check_idle(given: dict[str, Any]) -> None:
+    """Refuse flags of training on the command line of an evaluation; a --config file may serve both."""
+    training = flags_of("augmentation", "objective", "optimisation") - {"amp", "compile"}
+    training |= {"save_every", "save_every_steps", "log_images"}
+    idle = sorted(name for name in given if name in training)
+    if idle:
+        raise UserError(f"--{idle[0]} has no effect with --eval; leave it out")
 
 
 def given_flags(argv: Sequence[str]) -> frozenset[str]:
@@ -411,15 +479,29 @@ def read_config(path: str, parser: Parser) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold lines such as 'batch_size: 128'")
+    if not isinstance(content, dict) or not content:
+        found = "is empty" if not content else f"holds a {type(content).__name__}"
+        raise UserError(f"--config {path} {found}; write lines such as 'batch_size: 128' into it")
     spellings = parser.spellings()
     actions = {action.dest: action for action in spellings.values() if action.dest not in ("config", "help")}
     tokens: list[str] = []
+    values: set[str] = set()
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        if f"--{name}" in spellings and name not in actions:  # no_flag: true, or another spelling of a flag
+            action = spellings[f"--{name}"]
+            if name.startswith("no_") and action.nargs == 0:
+                if not isinstance(value, bool):
+                    raise UserError(f"--config {path}: {name} takes true or false")
+                value = not value
+            name = action.dest
         if name not in actions:
-            raise UserError(f"--config {path}: {nearest(name, sorted(actions), 'key')}")
+            near = difflib.get_close_matches(name, actions, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"--config {path}: unknown key '{name}'; {hint}see main.py --help")
+        if name in values:
+            raise UserError(f"--config {path}: {name} is set twice")
+        values.add(name)
         boolean = actions[name].nargs == 0
         if isinstance(value, bool) != boolean and value is not None:
             expected = "true or false" if boolean else "a value, not true or false"
@@ -483,8 +565,17 @@ def check_rules(args: Namespace) -> None:
         raise UserError("--log_images writes tensorboard events in training: it needs --output_dir and no --eval")
     if args.sam_adaptive and not args.sam_rho:
         raise UserError("--sam_adaptive has no effect without --sam_rho; give --sam_rho 2.0")
+    if args.use_ema and not (args.finetune or args.resume):
+        raise UserError("--use_ema chooses among the weights of a checkpoint; it needs --resume or --finetune")
+    if args.use_ema and args.resume and not args.eval:
+        raise UserError("--use_ema has no effect on a resumed training, which goes on with both; leave it out")
+    _check_r_evals(args)
     if args.save_every_steps and not args.output_dir:
         raise UserError("--save_every_steps needs --output_dir to save into")
+    if args.resume_anyway and (args.eval or not args.resume):
+        raise UserError("--resume_anyway is about how --resume goes on when training; leave it out")
+    if args.overwrite and (args.eval or not args.output_dir):
+        raise UserError("--overwrite is about the run in --output_dir when training; leave it out")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks into --output_dir, which is not given; add it")
     if args.opt_betas and args.opt.startswith(("adam", "lamb", "nadam", "radam")) and len(args.opt_betas) != 2:
@@ -497,6 +588,16 @@ def check_rules(args: Namespace) -> None:
         _check_optimizer_names(args)
 
 
+def _check_r_evals(args: Namespace) -> None:
+    """Refuse a schedule that is named twice: 8 and 8.0 are one row."""
+    seen: list[Any] = []
+    for text in args.r_evals or ():
+        schedule = parse_schedule(text)
+        if schedule in seen:
+            raise UserError(f"--r_evals names {format_schedule(schedule)} twice; leave one of them out")
+        seen.append(schedule)
+
+
 def _check_evaluation_flags(args: Namespace) -> None:
     for flag in ("throughput", "agreement", "r_evals"):
         if getattr(args, flag):
@@ -504,6 +605,13 @@ def _check_evaluation_flags(args: Namespace) -> None:
 
 
 def _check_augmentation(args: Namespace) -> None:
+    if args.three_augment:
+        for flag in ("aa", "reprob", "remode", "recount"):
+            if flag in args.given:
+                raise UserError(f"--{flag} has no effect with --three_augment, which has its own; leave one out")
+    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        low, high = args.cutmix_minmax
+        raise UserError(f"--cutmix_minmax takes the smaller ratio first, and they must differ, not {low:g} {high:g}")
     if args.src and not args.three_augment:
         raise UserError("--src does nothing without --three_augment; give both or neither")
     if mixes_images(args) and args.batch_size % 2:  # timm mixes an image with its mirror position in the batch
@@ -517,6 +625,11 @@ def _check_objective(args: Namespace) -> None:
         raise UserError("--merged_weight and --full_weight are both 0: there is nothing to train; set one of them")
     if args.consistency_weight and not args.full_weight:
         raise UserError("--consistency_weight has no effect without the full pass; add --full_weight 1")
+    if args.r_warmup_epochs >= args.epochs and args.r_warmup_epochs:
+        raise UserError(
+            f"--r_warmup_epochs {args.r_warmup_epochs} reaches r only after the last of {args.epochs} epochs; "
+            f"give fewer than {args.epochs}"
+        )
     if not args.full_r_max > 0 or (args.full_r_max >= 1 and args.full_r_max != int(args.full_r_max)):
         raise UserError(f"--full_r_max must be an integer >= 1 or a ratio between 0 and 1, not {args.full_r_max}")
 
@@ -536,8 +649,16 @@ def _check_distillation(args: Namespace) -> None:
 
 def _check_optimizer_names(args: Namespace) -> None:
     names = [name for name in list_optimizers() if not get_optimizer_info(name).second_order]
-    if args.opt.lower().removeprefix("lookahead_") not in names:
-        raise UserError(nearest(args.opt, names, "--opt"))
+    name = args.opt.lower().removeprefix("lookahead_")
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "such as adamw, lamb, sgd and lion"
+        raise UserError(f"unknown --opt {args.opt!r} among timm's {len(names)} optimizers; {hint}")
+    info = get_optimizer_info(name)
+    if args.opt_betas and not info.has_betas:
+        raise UserError(f"--opt_betas has no effect on {args.opt}, which has none; leave it out")
+    if "momentum" in args.given and not info.has_momentum:
+        raise UserError(f"--momentum has no effect on {args.opt}, which has none; leave it out")
     if args.sched not in SCHEDULES:
         raise UserError(nearest(args.sched, SCHEDULES, "--sched"))
 
@@ -561,12 +682,19 @@ def named_flags(argv: Sequence[str]) -> list[str]:
     mctf, others = old.parse_known_args([normalise_flag(token) for token in argv])
     if mctf.use_mctf is None and mctf.mctf_type is None and mctf.task_type is None:
         return list(argv)
+    on = (mctf.use_mctf or "True") not in ("False", "false", "0")
+    methods = [value for flag, value in itertools.pairwise(others) if flag == "--merge"]
+    methods += [token.partition("=")[2] for token in others if token.startswith("--merge=")]
+    if on and any(method != "mctf" for method in methods):
+        raise UserError(f"--merge {methods[-1]} contradicts MCTF's own flags (--use_mctf); leave one of them out")
     task = _number_list("task_type", mctf.task_type or "[1,0,0]", 3, 4)
     weights = _number_list("task_weight", mctf.task_weight or "[1,1,1]", 3, 3)
-    named = [] if "--eval" in others else list(_MCTF_RECIPE)
-    named += _task_flags(task, weights) if mctf.task_type or mctf.task_weight else []
-    if (mctf.use_mctf or "True") not in ("False", "false", "0"):
-        named += _method_flags(_number_list("mctf_type", mctf.mctf_type or "", 10, 11), bool(task[1]))
+    training = "--eval" not in others  # the losses of task_type have no effect in an evaluation
+    named = list(_MCTF_RECIPE) if training else []
+    named += _task_flags(task, weights) if training and (mctf.task_type or mctf.task_weight) else []
+    if on:
+        values = _number_list("mctf_type", mctf.mctf_type or "", 10, 11)
+        named += _method_flags(values, pairing=training and bool(task[1]))
     return [*named, *_unpack_r_evals(others)]
 
 
@@ -583,10 +711,12 @@ def _number_list(flag: str, text: str, least: int, most: int) -> list[int | floa
 
 def _task_flags(task: list[int | float], weight: list[int | float]) -> list[str]:
     merged, full, threshold = task[:3]
+    if not merged and not full:
+        raise UserError("--task_type trains nothing: its first two numbers, the merged and the full pass, are both 0")
     flags = ["--merged_weight", str(weight[0] if merged else 0), "--full_weight", str(weight[1] if full else 0)]
     if full and threshold:
         flags += ["--consistency_weight", str(weight[2]), "--consistency_threshold", str(threshold)]
-    return flags if merged or full else []
+    return flags
 
 
 def _method_flags(values: list[int | float], pairing: bool) -> list[str]:
@@ -646,5 +776,5 @@ def exit_status(program: str, run: Callable[[Sequence[str]], int | None], argv: 
 
 def _report(program: str, error: object, status: int) -> int:
     where = "error" if is_main_process() else "error on another rank"
-    print(f"{program}: {where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(without_credentials(f"{program}: {where}: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
     return status

@@ -3,14 +3,14 @@
 import math
 import time
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from build import build_teacher, prepare
+from build import build_teacher, data_record, prepare
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
 from datasets import (
     ORDER,
@@ -23,19 +23,19 @@ from datasets import (
 )
 from distributed import Distributed, barrier
 from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner, evaluate, train_one_epoch
+from linear_probe import init_head
 from losses import build_mixup, build_objective
 from models import UserError
 from models.parameters import freeze, parameter_groups
+from resume import Sampling, continuation
+from runfolder import RunFolder, claimed
 from utils import (
     RunError,
     StopSignal,
-    append_json_line,
-    clear_stop_marker,
+    first_line,
     log,
     tensorboard,
     to_jsonable,
-    truncate_log,
-    write_json,
     write_stop_marker,
 )
 
@@ -55,6 +55,19 @@ IGNORED_ON_RESUME = (
 )
 
 
+@dataclass(frozen=True)
+class Best:
+    """The score of the best weights so far: top-1 in %, and the loss, which decides between equal accuracies."""
+
+    accuracy: float = -1.0
+    loss: float = math.inf
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Return what is smaller for better weights."""
+        return -self.accuracy, self.loss
+
+
 class Trainer:
     """A training run and its position: `epoch` and, in micro-batches done of it, `step`.
 
@@ -62,11 +75,13 @@ class Trainer:
     bit for bit the run that was never interrupted.
     """
 
-    def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal) -> None:
-        self.args, self.dist, self.stop = args, dist, stop
-        self.folder = Path(args.output_dir).expanduser() if args.output_dir else None
-        self.data, weights, self.module, precision = prepare(args, dist)
+    def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal, place: RunFolder) -> None:
+        self.args, self.dist, self.stop, self.place = args, dist, stop, place
+        self.folder = place.path
+        self.data, weights, self.module, fresh, precision = prepare(args, dist)
         self.name = weights.name
+        if weights.resumed is None:
+            init_head(self.module, fresh, self.data, args, precision, dist)
         freeze(self.module, args.train_only)
         self.val_loader = build_eval_loader(args, self.data.val, dist.rank, dist.world)
         assert self.data.train is not None
@@ -85,12 +100,14 @@ class Trainer:
             stop, UnreadableImages(bad_image_limit(args, self.data)), args.max_nonfinite, args.log_every
         )
         self.epochs = args.epochs + args.cooldown_epochs
-        self.epoch, self.step, self.best = 0, 0, -1.0
+        self.epoch, self.step = 0, 0
+        self.best = Best()
         self.epoch_log = EpochLog()
         self.saved = ""  # the last good checkpoint, for people
         if weights.resumed is not None:
             self._resume(*weights.resumed)
-        self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch or None)
+        self.first_epoch = self.epoch
+        self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch if self.epoch or place.pending else None)
 
     # What is saved, and resumed
 
@@ -106,25 +123,28 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "rng": rng_state() | {"objective": self.learner.objective.state_dict()},
-            "sampler": self.data_signature(),
+            "sampler": asdict(self.sampling()),
             "epoch_log": asdict(self.epoch_log),
             "merge": self.module.merge.as_dict(),
+            "data": data_record(self.data),
             "args": to_jsonable(self.args) | {"model": self.name},
-            "best": self.best,
+            "best": self.best.accuracy,
+            "best_loss": self.best.loss,
         }
 
-    def data_signature(self) -> dict[str, int]:
-        """Return the settings under which `step` counts the same micro-batches."""
-        return {
-            "seed": self.args.seed,
-            "batch_size": self.args.batch_size,
-            "accumulation_steps": self.args.accumulation_steps,
-            "world": self.dist.world,
-            "micro_batches": len(self.train_loader),
-            "images": self.train_loader.batches.n,
-            "repeats": self.train_loader.batches.repeats,
-            "order": ORDER,
-        }
+    def sampling(self) -> Sampling:
+        """Return what the meaning of `step` follows from."""
+        batches = self.train_loader.batches
+        return Sampling(
+            seed=self.args.seed,
+            batch_size=self.args.batch_size,
+            accumulation_steps=self.args.accumulation_steps,
+            world=self.dist.world,
+            micro_batches=len(batches),
+            images=batches.n,
+            repeats=batches.repeats,
+            order=ORDER,
+        )
 
     def _resume(self, state: dict[str, Any], path: str) -> None:
         """Restore all but the model's weights, which `build_model` has loaded from the same state.
@@ -132,34 +152,45 @@ class Trainer:
         Keys that DeiT's checkpoints lack keep their values of a fresh run.
         """
         check_resumable(state, path)
+        before = (state.get("args") or {}).get("opt") if isinstance(state.get("args"), dict) else None
+        if before not in (None, self.args.opt):
+            raise UserError(f"{path} was trained with --opt {before}, which cannot go on as {self.args.opt}; keep it")
+        self.epoch, self.step = state["epoch"], state.get("step", 0)
+        if self.epoch > self.epochs:
+            raise UserError(f"{path} is at epoch {self.epoch}, past the {self.epochs} of this run; give more --epochs")
         try:
             self.learner.load_state_dict(state)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} does not fit these optimizer options ({error}); use --finetune {path}") from error
-        self.epoch, self.step = int(state["epoch"]), int(state.get("step", 0))
-        self.best = float(state.get("best", -1.0))
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{path} does not fit these optimizer options ({reason}); use --finetune {path}") from error
+        # an older checkpoint, which tells no loss, keeps its best.pth until the accuracy is higher
+        self.best = Best(float(state.get("best", -1.0)), float(state.get("best_loss", -math.inf)))
         self.epoch_log = EpochLog(**state.get("epoch_log", {}))
         if "rng" in state:
-            set_rng_state(state["rng"])
-            self.learner.objective.load_state_dict(state["rng"]["objective"])
-        self._check_data_signature(state.get("sampler"), path)
+            self._resume_streams(state["rng"], path)
+        if "sampler" in state:
+            self._carry_over(Sampling.from_dict(state["sampler"], path), path)
         self.warn_ignored_flags(state.get("args"))
         self.saved = path
         log(f"resumed {path} at epoch {self.epoch}, micro-batch {self.step}")
 
-    def _check_data_signature(self, saved: dict[str, int] | None, path: str) -> None:
-        now = self.data_signature()
-        if saved is None or saved == now:
-            return
-        saved = {"images": now["images"], "repeats": now["repeats"], "order": 1} | saved  # which older ones lack
-        changed = ", ".join(f"{key} {saved[key]} -> {value}" for key, value in now.items() if saved[key] != value)
-        if saved["order"] != now["order"]:
-            changed += " (this version puts the samples of an epoch in another order)"
-        if self.step:
-            raise UserError(
-                f"{path} stopped inside an epoch, which cannot go on with {changed}; keep them as they were"
-            )
-        log(f"warning: resumed with {changed}: the run goes on, but not as the unbroken one would")
+    def _resume_streams(self, state: dict[str, Any], path: str) -> None:
+        try:
+            set_rng_state(state)
+            self.learner.objective.load_state_dict(state["objective"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{path} was altered: its rng is none ({reason}); take another checkpoint") from error
+
+    def _carry_over(self, before: Sampling, path: str) -> None:
+        """Go on with other numbers of processes or batch sizes than those that a checkpoint was saved with."""
+        found = continuation(before, self.sampling(), self.step, self.args.resume_anyway, path)
+        self.step = found.step
+        for note in found.notes:
+            log(note)
+        if found.lr_factor != 1 and not self.args.unscale_lr:
+            old = self.learner.scale_lr(found.lr_factor)
+            log(f"the learning rate follows the global batch: {old:.5g} -> {old * found.lr_factor:.5g} at its highest")
 
     def warn_ignored_flags(self, saved: Any) -> None:
         """Name the flags that differ from the saved arguments and are not followed."""
@@ -174,20 +205,21 @@ class Trainer:
         barrier()
 
     def _write(self) -> None:
-        if self.checkpoint is None:
-            return
-        if self.dist.is_main:
+        if self.checkpoint is not None and self.dist.is_main:
+            self.place.check(now=True)
             save_checkpoint(self.checkpoint, self.state())
-        self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
+        self.place.saved(self.args, self.first_epoch)
+        if self.checkpoint is not None:
+            self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
 
-    def _save_best(self) -> None:
-        """Write best.pth, which holds the weights that were judged: the average where there is one."""
+    def _save_best(self, weights: str) -> None:
+        """Write best.pth: the weights that won, raw or average, and what it takes to use them."""
         if self.folder is None or not self.dist.is_main:
             return
         state = self.state()
-        judged = state["model"] if state["model_ema"] is None else state["model_ema"]
-        best = {"model": judged, "epoch": self.epoch, "best": self.best, "merge": state["merge"], "args": state["args"]}
-        save_checkpoint(self.folder / "best.pth", best, keep_previous=False)
+        kept = {name: state[name] for name in ("epoch", "best", "best_loss", "merge", "data", "args")}
+        won = state["model_ema"] if weights == "average" else state["model"]
+        save_checkpoint(self.folder / "best.pth", {"model": won, "weights": weights, **kept}, keep_previous=False)
 
     # The run
 
@@ -199,24 +231,24 @@ class Trainer:
         """
         try:
             return self._fit()
-        except LoaderFailure as error:  # all updates are whole; but the other ranks wait for this one's gradients
-            if self.dist.is_main:
-                self._write()
-            raise RunError(f"{error}; last good checkpoint: {self.saved or 'none'}") from error
         except RunError as error:
-            raise RunError(f"{error}; last good checkpoint: {self.saved or 'none'}") from error
+            if isinstance(error, LoaderFailure) and self.dist.is_main:
+                self._write()  # all updates are whole; without a barrier, for the other ranks wait for gradients
+            saved = self.saved if Path(self.saved.partition(" (epoch ")[0]).is_file() else ""
+            go_on = "; go on with the same command and --resume auto" if saved else ""
+            raise RunError(f"{error}; last good checkpoint: {saved or 'none'}{go_on}") from error
 
     def _fit(self) -> int:
-        if self.folder is not None and self.dist.is_main:
-            write_json(self.folder / "args.json", self.args)
-            clear_stop_marker(self.folder)
-            truncate_log(self.folder / "log.txt", self.epoch)
+        self.place.begin(self.args, self.epoch)
         while self.epoch < self.epochs:
             if not (self._train_epoch() and self._finish_epoch()):
                 return self._stopped()
-        log(f"done: {self.epochs} epochs, best accuracy {self.best:.3f} %")
+        log(f"done: {self.epochs} epochs, best accuracy {self.best.accuracy:.3f} %{self._best_file()}")
         self.writer.close()
         return 0
+
+    def _best_file(self) -> str:
+        return f", in {self.folder / 'best.pth'}" if self.folder else ""
 
     def _train_epoch(self) -> bool:
         """Train the rest of an epoch; False after a stop."""
@@ -225,6 +257,7 @@ class Trainer:
 
         def after_step(done: int) -> None:
             self.step, self.epoch_log.seconds = done, before + time.monotonic() - began
+            self.place.check()
             every = self.args.save_every_steps * self.args.accumulation_steps
             if every and done % every == 0 and done < len(self.train_loader):
                 self.save()
@@ -241,22 +274,28 @@ class Trainer:
 
     def _finish_epoch(self) -> bool:
         """Evaluate, log, save; False after a stop, and then a resumed run evaluates first."""
+        if self.place.pending:  # what an earlier run left goes only when this one has saved
+            self.save()
         raw = self._evaluate(self.learner.model, "test")
         average = self.learner.ema
         ema = self._evaluate(average.module, "test EMA") if raw is not None and average is not None else None
         if raw is None or (average is not None and ema is None):
             return False
+        candidates = {"raw": Best(raw.acc1, raw.loss)}
+        if ema is not None:
+            candidates["average"] = Best(ema.acc1, ema.loss)
+        weights = min(candidates, key=lambda name: candidates[name].rank)
+        better = candidates[weights].rank < self.best.rank
+        if better:
+            self.best = candidates[weights]
         if self.dist.is_main:
-            self._log_epoch(raw, ema)
+            self._log_epoch(raw, ema, weights if better else None)
         self.learner.end_epoch(self.epoch, raw.acc1)
-        accuracy = raw.acc1 if ema is None else ema.acc1
-        better = accuracy > self.best
-        self.best = max(self.best, accuracy)
         self.epoch += 1
         self.step = 0
         self.epoch_log = EpochLog(nonfinite=self.epoch_log.nonfinite)
         if better:
-            self._save_best()
+            self._save_best(weights)
         if self.epoch % self.args.save_every == 0 or self.epoch == self.epochs:
             self.save()
         return True
@@ -280,8 +319,12 @@ class Trainer:
 
     # Logging
 
-    def _log_epoch(self, raw: Scores, ema: Scores | None) -> None:
-        """Print an epoch, and write it to log.txt and tensorboard."""
+    def _log_epoch(self, raw: Scores, ema: Scores | None, best: str | None) -> None:
+        """Print an epoch, and write it to log.txt and tensorboard.
+
+        Args:
+            best: which weights of this epoch are the best so far, raw or average; None: neither.
+        """
         line = {
             "epoch": self.epoch,
             **{f"train_{name}": value for name, value in self.epoch_log.means().items()},
@@ -293,13 +336,13 @@ class Trainer:
             "images_per_s": self.epoch_log.samples / max(self.epoch_log.seconds, 1e-9),
             "seconds": self.epoch_log.seconds,
         }
-        log("  ".join(f"{key} {value:.5g}" for key, value in line.items()))
+        text = "  ".join(f"{key} {value:.5g}" for key, value in line.items())
+        log(text + (f"  best so far: the {best} weights" if best else ""))
         for key, value in line.items():
             if key != "epoch":
                 self.writer.add_scalar(key.replace("_", "/", 1), value, self.epoch)
         self.writer.flush()
-        if self.folder is not None:
-            append_json_line(self.folder / "log.txt", line)
+        self.place.append_log({**line, "best": best})
         if self.args.log_images and (self.epoch + 1) % self.args.log_images == 0:
             self._log_images()
 
@@ -316,5 +359,7 @@ class Trainer:
 
 def run_training(args: Namespace, dist: Distributed) -> int:
     """Train, evaluating the merged model after every epoch; returns the exit status."""
-    with StopSignal() as stop:  # from here on, so that a signal during the start is not lost
-        return Trainer(args, dist, stop).fit()
+    with StopSignal() as stop, claimed(args, dist) as place:  # a signal during the start is not lost
+        status = Trainer(Namespace(**{**vars(args), "resume": place.resume}), dist, stop, place).fit()
+        stop.finished = status == 0
+        return status

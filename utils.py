@@ -4,6 +4,7 @@ This module imports nothing of the program but `models.errors`, and knows no mod
 """
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -20,6 +21,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +41,7 @@ T = TypeVar("T")
 RESUMABLE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the launcher may run the same command again
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, what a shell expects after Ctrl-C
 STOP_MARKER = "stopped.json"
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class RunError(RuntimeError):
@@ -48,6 +51,11 @@ class RunError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def without_credentials(text: str) -> str:
+    """Leave user, password and query out of every URL in a text: the last may be a signature that opens the door."""
+    return re.sub(r"(https?://)(?:[^\s/?#@'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
 
 
 def nearest(name: str, choices: Iterable[str], kind: str = "name") -> str:
@@ -90,21 +98,59 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
+# Launchers
+
+
+def started_by_launcher() -> bool:
+    """Tell whether torchrun, or submitit on this machine, is the parent; Slurm ends what it started by itself."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("SUBMITIT_EXECUTOR") == "local"
+
+
+def die_with_launcher(grace: float = 60.0) -> None:
+    """Let this process end with the launcher that started it.
+
+    On Linux the kernel sends SIGTERM at that moment, on which a training run saves and leaves; one that cannot, because
+    it waits for processes that are gone, is ended `grace` seconds later. Elsewhere `StopSignal` notices at the next
+    update.
+    """
+    if not started_by_launcher():
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        time.sleep(grace)
+        print(f"process {os.getpid()}: its launcher is gone; leaving without a save", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    threading.Thread(target=watch, name="end of the launcher", daemon=True).start()
+
+
 # Stop signals
 
 
 class StopSignal:
     """Context in which SIGTERM, SIGUSR1, SIGUSR2 and SIGINT ask for a stop after the running step.
 
-    `requested` is None or the name of the first signal. A second SIGINT raises KeyboardInterrupt at once. Outside the
-    main thread Python allows no handlers: none is installed, and `request` is the only way. The handlers from before
-    return at exit.
+    `requested` is None or the name of the first signal; under torchrun the end of the launcher counts as one. A second
+    SIGINT raises KeyboardInterrupt at once. Outside the main thread Python allows no handlers: none is installed, and
+    `request` is the only way. The handlers from before return at exit, with one exception: in a process that ends with
+    its run (`ends_process`), signals after a finished run are ignored to the very end, where Python would let them kill
+    a process that has nothing left to lose but its exit status.
     """
 
+    ends_process = False  # set by programs, in the process that is theirs
+
     def __init__(self) -> None:
-        self.requested: str | None = None
+        self.finished = False
+        self._requested: str | None = None
         self._interrupts = 0
         self._before: dict[int, Any] = {}
+        self._launcher = os.getppid() if started_by_launcher() else None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -116,8 +162,15 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            ignore = self.finished and self.ends_process
+            signal.signal(number, signal.SIG_IGN if ignore else signal.SIG_DFL if handler is None else handler)
         self._before.clear()
+
+    @property
+    def requested(self) -> str | None:
+        if self._requested is None and self._launcher is not None and os.getppid() != self._launcher:
+            self.request("the end of the launcher")
+        return self._requested
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -128,7 +181,7 @@ class StopSignal:
 
     def request(self, name: str) -> None:
         """Ask for a stop by hand, as a launcher's callback does; the name of the first request stays."""
-        self.requested = self.requested or name
+        self._requested = self._requested or name
 
     @property
     def status(self) -> int:
@@ -153,7 +206,7 @@ def clear_stop_marker(output_dir: str | Path | None) -> None:
 
 
 def temporary_path(path: Path, suffix: str = "tmp") -> Path:
-    """Return a path beside `path` that no other process uses; `setup_output` sweeps up those that a kill left."""
+    """Return a path beside `path` that no other process uses; the next run in the folder removes what a kill left."""
     return path.with_name(f"{path.name}.{os.getpid()}.{suffix}")
 
 
@@ -224,7 +277,7 @@ def atomic_write(
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write an object as JSON so that a reader sees the old file or the new one, never a part."""
-    text = json.dumps(to_jsonable(obj), indent=2) + "\n"
+    text = json.dumps(to_jsonable(obj), indent=2, allow_nan=False) + "\n"
     atomic_write(Path(path), lambda file: file.write(text.encode()))
 
 
@@ -232,7 +285,7 @@ def append_json_line(path: str | Path, obj: Any) -> None:
     """Append an object as one line of JSON; a full disk raises RunError."""
     try:
         with open(path, "ab") as file:
-            file.write(json.dumps(to_jsonable(obj)).encode() + b"\n")
+            file.write(json.dumps(to_jsonable(obj), allow_nan=False).encode() + b"\n")
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from error
 
@@ -257,8 +310,16 @@ def _logged_epoch(line: bytes) -> float:
 
 
 def to_jsonable(obj: Any) -> Any:
-    """Turn args, a dataclass or a nest of them into dicts, lists, str, int, float, bool and None."""
-    if obj is None or (isinstance(obj, (bool, int, float, str)) and type(obj).__module__ == "builtins"):
+    """Turn args, a dataclass or a nest of them into dicts, lists, str, int, float, bool and None.
+
+    NaN and infinities become None: JSON has no word for them, and readers such as jq refuse a file that holds one.
+    What is published in files of a run goes through here, so that URLs lose their passwords.
+    """
+    if isinstance(obj, str):
+        return without_credentials(str(obj))
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    if obj is None or (isinstance(obj, (bool, int, float)) and type(obj).__module__ == "builtins"):
         return obj
     if isinstance(obj, argparse.Namespace):
         return to_jsonable(vars(obj))
@@ -269,8 +330,8 @@ def to_jsonable(obj: Any) -> Any:
     if isinstance(obj, (list, tuple, set, frozenset)):
         return [to_jsonable(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)]
     if isinstance(obj, (torch.Tensor, np.ndarray, np.generic)):
-        return obj.tolist()
-    return str(obj)
+        return to_jsonable(obj.tolist())
+    return without_credentials(str(obj))
 
 
 # Run metadata
@@ -331,8 +392,6 @@ def setup_output(output_dir: str | Path | None, is_main: bool) -> Path | None:
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.pth.*.tmp"):  # of a save that was killed
-            stale.unlink(missing_ok=True)
         probe = temporary_path(folder / "probe")
         probe.touch()
         probe.unlink()
@@ -347,21 +406,30 @@ def log(message: str) -> None:
     """Print a line on rank 0, above a progress bar if one is shown."""
     if is_main_process():
         with tqdm.external_write_mode(file=sys.stdout):
-            print(message, flush=True)
+            print(without_credentials(message), flush=True)
 
 
 class Progress(Iterable[T]):
     """Iterate with a bar on a terminal, else with a line every `log_every` steps; quiet if not `is_main`.
+
+    By default there is a line every ten steps, and in short loops five lines in all.
 
     Ask `due` inside the loop and call `show` only then: reading a value may wait for the GPU. `start` steps of `total`
     were done before (a resumed epoch).
     """
 
     def __init__(
-        self, items: Iterable[T], total: int, title: str, log_every: int = 10, is_main: bool = True, start: int = 0
+        self,
+        items: Iterable[T],
+        total: int,
+        title: str,
+        log_every: int | None = None,
+        is_main: bool = True,
+        start: int = 0,
     ) -> None:
         self.items, self.total, self.title, self.is_main = items, total, title, is_main
-        self.log_every, self.start, self.step = max(1, log_every), start, start
+        self.log_every = log_every or max(1, min(10, total // 5))
+        self.start = self.step = start
         self._began = time.monotonic()
         self._bar: tqdm | None = None
 

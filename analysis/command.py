@@ -169,8 +169,9 @@ def load_models(args: Namespace, main_argv: Sequence[str]) -> list[Loaded]:
 
 def _load(spec: Spec, args: Namespace) -> Loaded:
     device = init_distributed(args.device).device
-    model, config, name, source = load_for_inference(args, device)
-    return Loaded(spec.label or _describe(name, model), model, config, args, device, source)
+    loaded = load_for_inference(args, device)
+    label = spec.label or _describe(loaded.name, loaded.model)
+    return Loaded(label, loaded.model, loaded.config, args, device, loaded.source)
 
 
 def _describe(name: str, model: MergingViT) -> str:

@@ -6,6 +6,7 @@ have. Shapes: B batch, N tokens in, M tokens out, C channels, H heads, D their c
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -55,9 +56,10 @@ class IdealViT(MergingViT):
         plan: TokenPlan,
         rule: Method | None = None,
         enter: Callable[[int, Tokens], Tokens] | None = None,
+        masking: dict[str, Any] | None = None,
     ) -> Iterator[Layer]:
         """The loop of the merging model, with `Slicing` at the place of its method."""
-        return super().layers(tokens, plan, Slicing(rule or self.merge.rule), enter)
+        return super().layers(tokens, plan, Slicing(rule or self.merge.rule), enter, masking)
 
 
 def ideal_model(model: MergingViT) -> IdealViT:

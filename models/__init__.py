@@ -1,5 +1,6 @@
 """RegToMe's models: `create_model`, `apply_merging`, `MergingViT`, `MergeConfig`."""
 
+from . import export as export  # makes saved models known to timm
 from .config import MergeConfig
 from .errors import UserError
 from .merging import merge_by_map, unmerge

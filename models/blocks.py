@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -121,22 +121,23 @@ class MergingBlock(Block):
     def forward(  # type: ignore[override]
         self, x: Tensor, call: BlockCall | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Tokens (B,N,C) -> (B,M,C); the call receives sizes and merge."""
+        """Tokens (B,N,C) -> (B,M,C); the call receives sizes and merge. A mask is for a block that merges nothing."""
         if call is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         tokens = call.tokens._replace(x=x)
         if call.plan.r == 0:
-            x = super().forward(x, attn_mask=key_bias(tokens, call.rule))
+            bias = key_bias(tokens, call.rule) if attn_mask is None else attn_mask
+            x = super().forward(x, attn_mask=bias, is_causal=is_causal)
             call.tokens = tokens._replace(x=x)
         else:
             call.tokens, call.merge = call.rule.place().run(self, tokens, call.plan, call.rule)
         return call.tokens.x
 
 
-def run_block(block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
-    """Call a block as a module; a forward hook may replace its output."""
+def run_block(block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method, **masking: Any) -> BlockOutput:
+    """Call a block as a module; a forward hook may replace its output. Masking: attn_mask and is_causal of timm's."""
     call = BlockCall(tokens, plan, rule)
-    x = block(tokens.x, call)
+    x = block(tokens.x, call, **masking)
     return BlockOutput(call.tokens._replace(x=x), call.merge)
 
 

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from .config import MergeConfig
 from .errors import UserError
-from .registry import create_model
+from .registry import FEATURE_KEYWORDS, create_model, feature_extractor
 from .scatter_free import scatter_free
 from .vit import MergingViT
 from .weights import load_weights
@@ -152,6 +152,10 @@ def regtome(pretrained: bool = False, base: str = "deit_small", merge: Any = Non
         base: a name of `create_model`.
         merge: a `MergeConfig`, or its plain dict out of config.json.
     """
+    features = {key: options.pop(key) for key in FEATURE_KEYWORDS if key in options}
+    if features:
+        model = regtome(pretrained, base, merge, **options)
+        return feature_extractor(model, **features)  # type: ignore[return-value]
     cfg = options.pop("pretrained_cfg", None)
     folder = cfg.get("file") if isinstance(cfg, dict) else getattr(cfg, "file", None)
     for name in ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"):

@@ -226,6 +226,7 @@ class PoolIndex(NamedTuple):
     source: Tensor  # (B*r,) in [0,B*N)
     into: Tensor  # (B*r,) in [0,B*M)
     share: Tensor  # (B*r,1) weight of a source in that of its group
+    left: int  # M
 
 
 def build_pool_index(merge: Merge, weight: Tensor) -> PoolIndex:
@@ -233,7 +234,7 @@ def build_pool_index(merge: Merge, weight: Tensor) -> PoolIndex:
     tokens, left = weight.shape[1], merge.keep.shape[1]
     share = weight.gather(1, merge.source) / merge_sizes(weight, merge).gather(1, merge.into)
     keep, source, into = _flat(merge.keep, tokens), _flat(merge.source, tokens), _flat(merge.into, left)
-    return PoolIndex(keep, source, into, share.reshape(-1, 1))
+    return PoolIndex(keep, source, into, share.reshape(-1, 1), left)
 
 
 def pool_rows(x: Tensor, pool: PoolIndex) -> Tensor:
@@ -246,7 +247,7 @@ def pool_rows(x: Tensor, pool: PoolIndex) -> Tensor:
     out = flat.index_select(0, pool.keep)
     delta = flat.index_select(0, pool.source) - out.index_select(0, pool.into)
     out.index_add_(0, pool.into, delta * pool.share.to(x.dtype))
-    return out.view(x.shape[0], -1, x.shape[-1])
+    return out.view(x.shape[0], pool.left, x.shape[-1])  # -1 would be ambiguous for a batch of none
 
 
 def merge_tokens(x: Tensor, merge: Merge, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def freeze(model: MergingViT, train_only: str) -> None:
         UserError: registers are asked for and the model has none.
     """
     if train_only == "registers_head" and model.reg_token is None:
-        raise UserError("--train_only registers_head needs registers; add --num_registers 4")
+        raise UserError("train_only registers_head needs registers; give num_registers (4, for example)")
     for name, parameter in model.named_parameters():
         is_head = name.split(".")[0] in ("head", "head_dist", "fc_norm")
         is_register = name == "reg_token" and train_only == "registers_head"
@@ -30,7 +30,7 @@ def parameter_groups(model: MergingViT, weight_decay: float, register_lr_mult: f
     `lr_scale` in a group is what timm's schedulers multiply the rate with.
     """
     if register_lr_mult != 1.0 and model.reg_token is None:
-        raise UserError("--register_lr_mult has no effect without registers; add --num_registers 4")
+        raise UserError("register_lr_mult has no effect without registers; give num_registers (4, for example)")
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

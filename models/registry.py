@@ -1,22 +1,38 @@
 """The size table, `create_model`, and our names in timm's registry."""
 
 import difflib
+import inspect
 import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
 from huggingface_hub import constants
-from timm.models import is_model_in_modules, register_model
+from timm.models import (
+    PretrainedCfg,
+    is_model_in_modules,
+    load_model_config_from_hf,
+    load_pretrained,
+    parse_model_name,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import FeatureGetterNet
+from timm.models._hub import load_model_config_from_path
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .checks import VIT_KEYWORDS, check_image_size, check_keyword
 from .config import MergeConfig
-from .errors import UserError
+from .errors import NoWeightsError, UserError
+from .methods import all_knobs
+from .schedule import is_int
 from .vit import MergingViT, apply_merging
+from .weights import extract_state_dict, fit_weights, load_weights, read_weights
 
 # Ours -> timm's. The rows of published models; weights come from timm's entry of the second name.
 TIMM_NAMES = {
@@ -36,6 +52,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "deit_digits": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10},
 }
 NAMES = (*TIMM_NAMES, *OWN_SIZES)
+_BUILDER_KEYWORDS = ("cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict")  # of timm's builder
+FEATURE_KEYWORDS = ("features_only", "out_indices", "feature_cls")
 _MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid")
 
 
@@ -44,38 +62,60 @@ def create_model(
     num_registers: int | None = None,
     merge: MergeConfig | None = None,
     num_classes: int | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
-    register_layer: int = 0,
-    class_layer: int = 0,
+    register_layer: int | None = None,
+    class_layer: int | None = None,
+    checkpoint_path: str | Path | None = None,
     **vit: Any,
 ) -> MergingViT:
     """A merging model by our name or any supported timm ViT name.
 
     Args:
-        name: a name of `NAMES`, or of timm ("vit_small_patch16_224.augreg_in21k_ft_in1k", ...).
-        num_registers: R in all; None keeps what the model has.
-        merge: what merges; None is ToMe with r = 0, which merges where a call says so: `model(images, r=8)`.
-        num_classes, img_size: None is the model's own; position entries are resampled for another size.
-        pretrained: load timm's published weights (network or hub cache needed).
-        register_layer, class_layer: the blocks before which registers and class token enter.
+        name: a name of `NAMES`, or of timm ("vit_small_patch16_224.augreg_in21k_ft_in1k", ...), or "hf-hub:OWNER/MODEL"
+            and "local-dir:FOLDER" for a model that timm or `run/export.py folder` saved.
+        num_registers: R in all; None keeps what the model has, or what the weights of `checkpoint_path` have.
+        merge: what merges; None is ToMe with r = 0, which merges where a call says so: `model(images, r=8)`. Of a saved
+            merging model None is its own.
+        num_classes: None is the model's own.
+        img_size: pixels, or (height, width); None is the model's own. Position entries are resampled for another size.
+        pretrained: load timm's published weights (network or hub cache needed), or those of the saved model.
+        register_layer, class_layer: the blocks before which registers and class token enter; None is the first, of a
+            saved merging model its own.
+        checkpoint_path: a file of weights of any origin that `models.weights` knows.
         **vit: keywords of timm's VisionTransformer (drop_path_rate, ...); None means its default.
 
     Raises:
-        UserError: unknown name (with the nearest ones), unsupported model, no weights to be had.
+        UserError: unknown name or keyword (with the nearest ones), unsupported model, no weights, or weights that
+            do not fit.
     """
-    if vit.get("reg_tokens") is not None:
-        raise UserError("reg_tokens would give registers position entries; write num_registers")
+    if pretrained and checkpoint_path is not None:
+        raise UserError("give either pretrained=True or checkpoint_path, not both")
+    _check_keywords(vit)
     options = {"num_classes": num_classes, "img_size": img_size, **vit}
     options = {key: value for key, value in options.items() if value is not None}
+    weights = None if checkpoint_path is None else read_weights(checkpoint_path)
+    if weights is not None and num_registers is None and "reg_token" in weights:
+        num_registers = weights["reg_token"].shape[1]
     vit_model = _create_vit(name, pretrained, options)
-    _check_size(name, vit_model, img_size)
-    return apply_merging(vit_model, merge or MergeConfig(), num_registers, register_layer, class_layer)
+    if merge is None:
+        merge = vit_model.merge if isinstance(vit_model, MergingViT) else MergeConfig()
+    model = apply_merging(vit_model, merge, num_registers, register_layer, class_layer)
+    if weights is not None:
+        fresh_head_ok = num_classes is not None  # who names the classes may mean others than the file's
+        load_weights(model, weights, num_classes_changed_ok=fresh_head_ok, source=str(checkpoint_path), name=name)
+    return model
 
 
 def check_name(name: str) -> None:
     """Raise a UserError for a name that nobody has, or that belongs to a family that cannot be served."""
     if name in NAMES:
+        return
+    if any(sign in name for sign in ":/\\"):
+        try:
+            parse_model_name(name)
+        except ValueError as error:  # an unknown source, or a path or hub name without one
+            raise UserError(str(error)) from error
         return
     base, _, tag = name.partition(".")
     if base in NAMES:
@@ -105,7 +145,7 @@ def data_settings(name: str) -> dict[str, Any]:
     """
     if name in OWN_SIZES:
         return {"input_size": OWN_SIZES[name]["img_size"]}
-    cfg = timm.get_pretrained_cfg(timm_name(name))
+    cfg = _saved_settings(name) if _is_saved(name) else timm.get_pretrained_cfg(timm_name(name))
     assert cfg is not None, "check_name comes first"
     settings = {key: getattr(cfg, key) for key in ("mean", "std", "interpolation", "crop_pct")}
     crop = 0.875 if name.startswith("deit_") else settings["crop_pct"]
@@ -118,45 +158,103 @@ def native_model(name: str, **options: Any) -> VisionTransformer:
     return _create_vit(name, False, {key: value for key, value in options.items() if value is not None})
 
 
+def _check_keywords(vit: dict[str, Any]) -> None:
+    """Raise a UserError for a keyword of `create_model` that has another name here, another place, or no meaning."""
+    if vit.get("reg_tokens") is not None:
+        raise UserError("reg_tokens would give registers position entries; write num_registers")
+    for name in FEATURE_KEYWORDS:
+        if vit.get(name) not in (None, False):
+            raise UserError(
+                f"{name} makes another kind of model; write timm.create_model({NAMES[0]!r}, features_only=True, "
+                "out_indices=...) with any of our names"
+            )
+    own = list(inspect.signature(create_model).parameters)[:-1]
+    for name in vit:
+        if name in ("method", "r", "activate_layers", *all_knobs()):
+            raise UserError(f"create_model has no keyword {name}; write merge=MergeConfig({name}=...)")
+    for name, value in vit.items():
+        if value is not None:
+            check_keyword("create_model", name, [*own, *VIT_KEYWORDS, *_BUILDER_KEYWORDS])
+
+
 def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
     """timm's model, or its class with the sizes of one of ours; errors are told in one line."""
     check_name(name)
-    if options.get("num_classes", 0) < 0:
-        raise UserError(f"num_classes must be an integer >= 0, not {options['num_classes']}")
+    num_classes = options.get("num_classes", 0)
+    if not is_int(num_classes) or num_classes < 0:
+        raise UserError(f"num_classes must be an integer >= 0, not {num_classes!r}")
+    if "img_size" in options:
+        check_image_size("img_size", options["img_size"], 1)
     if pretrained and name in OWN_SIZES:
-        raise UserError(f"{name} has no published weights: train it, or give --finetune FILE and --no_pretrained")
-    if pretrained and not timm.is_model_pretrained(timm_name(name)):
-        raise UserError(f"timm has no pretrained weights for {name}: give --finetune FILE and --no_pretrained")
+        raise NoWeightsError(f"{name} has no published weights")
+    if pretrained and not _is_saved(name) and not timm.is_model_pretrained(timm_name(name)):
+        raise NoWeightsError(f"timm has no pretrained weights for {name}")
     try:
         if name in OWN_SIZES:
-            return VisionTransformer(**(OWN_SIZES[name] | options))
-        with quick_when_offline() if pretrained else nullcontext():
-            return timm.create_model(timm_name(name), pretrained=pretrained, **options)  # type: ignore[return-value]
+            vit: Any = VisionTransformer(**(OWN_SIZES[name] | options))
+            size, parts = vit.patch_embed.img_size, {"first_conv": "patch_embed.proj", "classifier": "head"}
+            cfg = PretrainedCfg(input_size=(vit.in_chans, *size), num_classes=vit.num_classes, **parts)
+            vit.pretrained_cfg = vit.default_cfg = cfg.to_dict()  # timm's for its own
+        else:
+            with quick_when_offline() if pretrained or _is_saved(name) else nullcontext():
+                vit = timm.create_model(timm_name(name), pretrained=pretrained, **options)
     except Exception as error:  # of timm, torch and the hub client, which raise many types
         explained = _explain(error, name, pretrained, options)
         if explained is None:
             raise
         raise explained from error
+    patch_size = getattr(getattr(vit, "patch_embed", None), "patch_size", None)
+    if "img_size" in options and isinstance(patch_size, tuple) and not options.get("dynamic_img_pad"):
+        check_image_size("img_size", options["img_size"], patch_size)
+    return vit
 
 
 def _explain(error: Exception, name: str, pretrained: bool, options: dict[str, Any]) -> UserError | None:
     """A mistake of the user or a missing network in one line; None for anything else, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    if _is_saved(name):
+        return _explain_saved(error, name)
     if pretrained and (isinstance(error, OSError) or (isinstance(error, RuntimeError) and _is_network_error(error))):
-        return UserError(
-            f"cannot get the pretrained weights of {name} ({type(error).__name__}); without a network give "
-            "--finetune FILE (weights you have), or --no_pretrained to start from random weights"
-        )
+        return NoWeightsError(f"cannot get the pretrained weights of {name} ({type(error).__name__}, no network?)")
     if isinstance(error, (AssertionError, ValueError)):
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         return UserError(f"{name} cannot be built with {given}: {error}")
     return None
 
 
-def _check_size(name: str, vit: nn.Module, img_size: int | None) -> None:
-    """timm's patch embedding drops the pixels that fill no patch, without a word."""
-    patch = getattr(vit.patch_embed, "patch_size", None) if hasattr(vit, "patch_embed") else None
-    if img_size is not None and isinstance(patch, tuple) and img_size % patch[0]:
-        raise UserError(f"img_size {img_size} is not a multiple of {name}'s patches of {patch[0]} pixels")
+# Saved models: "hf-hub:OWNER/MODEL" and "local-dir:FOLDER"
+
+
+def _is_saved(name: str) -> bool:
+    return ":" in name
+
+
+def _explain_saved(error: Exception, name: str) -> UserError:
+    """Why a saved model does not load, in one line."""
+    source, place = parse_model_name(name)
+    why = str(error).strip().partition("\n")[0] or type(error).__name__
+    if source == "local-dir" and not (Path(place) / "config.json").is_file():
+        return UserError(
+            f"{place} holds no config.json; give a folder that run/export.py folder or timm.models.save_for_hf wrote"
+        )
+    if source == "hf-hub" and (isinstance(error, OSError) or _is_network_error(error)):
+        return UserError(
+            f"cannot get {place} from the Hugging Face hub ({type(error).__name__}, no network?); "
+            "'local-dir:FOLDER' reads a copy on this machine"
+        )
+    return UserError(f"cannot load {name}: {why}")
+
+
+def _saved_settings(name: str) -> PretrainedCfg:
+    """The preprocessing stored with a saved model."""
+    source, place = parse_model_name(name)
+    try:
+        with quick_when_offline():
+            config = load_model_config_from_hf(place) if source == "hf-hub" else load_model_config_from_path(place)
+        return PretrainedCfg(**config[0])
+    except Exception as error:  # of json, the hub client and timm
+        raise _explain_saved(error, name) from error
 
 
 @contextmanager
@@ -188,11 +286,65 @@ def _is_network_error(error: BaseException | None) -> bool:
 # Entry points: our names in timm's registry (`timm.create_model("deit_small")`) and, by hubconf.py, in torch.hub
 
 
-def _entry(name: str, pretrained: bool, options: dict[str, Any]) -> MergingViT:
-    """`create_model` without the keywords that timm adds for its own models."""
-    added = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    options = {key: value for key, value in options.items() if key not in added or value is not None}
-    return create_model(name, pretrained=pretrained, **options)
+def _entry(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
+    """What timm's create_model asks for: `create_model`, also with weights and a config of the caller's, or features.
+
+    Args:
+        options: those of `create_model`; and of timm's own pretrained_cfg, pretrained_cfg_overlay, cache_dir,
+            features_only and out_indices.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    options.pop("pretrained_model_args", None)  # timm's record of how the weights were made
+    features = {key: options.pop(key) for key in FEATURE_KEYWORDS if key in options}
+    names = ["pretrained_cfg", "pretrained_cfg_overlay"]
+    config = {key: options.pop(key) for key in names if key in options}
+    own_weights = pretrained and not all(isinstance(value, str) for value in config.values())
+    known = config if name not in OWN_SIZES else {}
+    if not known and isinstance(config.get("pretrained_cfg"), dict):  # of timm's own models its builder reads this
+        options.setdefault("num_classes", config["pretrained_cfg"].get("num_classes"))
+    if isinstance(options.get("merge"), dict):  # out of a config.json
+        options["merge"] = MergeConfig.from_dict(options["merge"])
+    model = create_model(name, pretrained=pretrained and not own_weights, **known, **options)
+    if own_weights:
+        _load_by_config(model, name, config, options.get("cache_dir"))
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):
+        model.pretrained_cfg["architecture"] = name  # what timm writes when it saves the model, and looks up again
+    return feature_extractor(model, **features) if features else model
+
+
+def _load_by_config(model: MergingViT, name: str, config: dict[str, Any], cache_dir: Any) -> None:
+    """Load the weights that a pretrained_cfg names (file, url, hub, folder), with or without registers in them."""
+
+    def fitted(weights: dict[str, Any], model: MergingViT) -> dict[str, Any]:
+        return fit_weights(model, extract_state_dict(weights, source=source)[0], source=source, name=name)[0]
+
+    try:
+        resolved = resolve_pretrained_cfg(timm_name(name), **config).to_dict()
+        source = str(next((resolved[key] for key in ("file", "hf_hub_id", "url") if resolved.get(key)), "the weights"))
+        if resolved.get("file") and not Path(source).exists():
+            raise UserError(f"{source}, which is to be loaded into {name}, is not there")
+        with quick_when_offline():
+            load_pretrained(model, resolved, model.num_classes, model.in_chans, filter_fn=fitted, cache_dir=cache_dir)
+    except Exception as error:
+        explained = _explain(error, name, True, {})
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def feature_extractor(
+    model: MergingViT, features_only: bool = False, out_indices: Any = 3, feature_cls: Any = "getter"
+) -> nn.Module:
+    """timm's features_only: the model cut off after the last block asked for, which returns a list of maps."""
+    if not features_only:
+        raise UserError("out_indices and feature_cls have no effect without features_only=True")
+    if feature_cls not in ("getter", FeatureGetterNet):
+        raise UserError(f"feature_cls={feature_cls!r} would read tokens that have merged; leave it out ('getter')")
+    extractor = FeatureGetterNet(model, out_indices=out_indices)
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    left_out = ("num_classes", "classifier", "global_pool")
+    extractor.pretrained_cfg = extractor.default_cfg = {k: v for k, v in settings.items() if k not in left_out}
+    return extractor
 
 
 @register_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,12 +46,23 @@ class TokenPlan(NamedTuple):
 
     merges: tuple[int, ...]
     counts: tuple[int, ...]
-    clamped: bool
     local: tuple[int, ...]  # those of `merges` that merge inside windows
+    asked: tuple[int, ...]  # what the schedule would merge, if there were tokens enough
+    depth: int  # blocks that the schedule is made for; a pruned model has fewer
 
     def block(self, layer: int) -> BlockPlan:
         """The part of one block."""
-        return BlockPlan(layer, len(self.merges), self.merges[layer], self.local[layer])
+        return BlockPlan(layer, self.depth, self.merges[layer], self.local[layer])
+
+    def first(self, blocks: int) -> TokenPlan:
+        """The part of the first blocks."""
+        merges, counts, local, asked, depth = self
+        return TokenPlan(merges[:blocks], counts[:blocks], local[:blocks], asked[:blocks], depth)
+
+    @property
+    def clamped(self) -> tuple[int, ...]:
+        """The blocks that merge fewer tokens than the schedule asks for."""
+        return tuple(layer for layer, asked in enumerate(self.asked) if self.merges[layer] < asked)
 
 
 def parse_schedule(r: Any) -> Schedule:
@@ -95,17 +107,17 @@ def token_plan(config: MergeConfig, patches: int, prefixes: tuple[int, ...], r: 
     merges: list[int] = []
     counts: list[int] = []
     local: list[int] = []
-    clamped = False
+    wanted: list[int] = []
     for layer, prefix in enumerate(prefixes):
         count = counts_asked[layer] if layer in active else 0
         asked, inside = config.rule.amounts(int(patches * count) if 0 < count < 1 else int(count), layer)
         merged = static_int(min(asked, max(0, patches + prefix - config.rule.min_tokens), patches // 2))
-        clamped |= merged < asked
         patches -= merged
         merges.append(merged)
         counts.append(patches + prefix)
         local.append(min(inside, merged))
-    return TokenPlan(tuple(merges), tuple(counts), clamped, tuple(local))
+        wanted.append(asked)
+    return TokenPlan(tuple(merges), tuple(counts), tuple(local), tuple(wanted), depth)
 
 
 def static_int(value: int) -> int:
@@ -117,14 +129,36 @@ def static_int(value: int) -> int:
     return len(range(value))
 
 
-def warn_if_clamped(config: MergeConfig, plan: TokenPlan, r: Schedule | None = None) -> None:
-    """Warn once, with the tokens per block, where a schedule asks for more than there is to merge."""
-    if plan.clamped:
-        warnings.warn(
-            f"r={format_schedule(config.r if r is None else r)} is more than some blocks can merge (half of the "
-            f"patches, at least {config.rule.min_tokens} tokens left); tokens per block: {list(plan.counts)}",
-            stacklevel=3,
-        )
+def warn_if_clamped(config: MergeConfig, plan: TokenPlan) -> None:
+    """Warn, at the user's line, where a model is given a schedule of which it cannot do what it says.
+
+    A number for all blocks is an upper bound: tokens run out towards the end, and `plan` says what is left. It is a
+    mistake only if the first block that merges falls short already. A list says what every block is to merge, so there
+    each block counts.
+    """
+    first = next((layer for layer, asked in enumerate(plan.asked) if asked), None)
+    short = [layer for layer in plan.clamped if isinstance(config.r, tuple) or layer == first]
+    if not short:
+        return
+    what = ", ".join(f"{plan.merges[layer]} of {plan.asked[layer]} in block {layer}" for layer in short)
+    floor = f", and min_tokens={config.rule.min_tokens} stay" if config.rule.min_tokens else ""
+    warnings.warn(
+        f"r={format_schedule(config.r)} is more than can merge: {what} (at most half of a block's patches merge{floor})"
+        f"; tokens per block: {list(plan.counts)}",
+        stacklevel=stacklevel_of_caller(),
+    )
+
+
+def stacklevel_of_caller() -> int:
+    """The stacklevel, for a warning in the calling function, that names the line of whoever called this package.
+
+    Frames of torch and timm are passed over too: properties are set, and models made, through them.
+    """
+    inside = {__name__.partition(".")[0], "torch", "timm"}
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _counts_asked(r: Schedule, depth: int) -> Sequence[float]:

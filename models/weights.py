@@ -3,13 +3,16 @@
 Shapes: n patch tokens, C channels, R registers. A *slot* is one prefix token, e.g. ("reg_token", 2).
 """
 
+import argparse
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -27,6 +30,12 @@ _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.|backbone\.)+")
 _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")  # timm's order in the sequence and in pos_embed
 _HEADS = ("head", "head_dist")
 _MAX_NAMED = 8
+# What checkpoints hold besides tensors and plain values: arguments, and under submitit a path, read as a pure one.
+_SAFE_TYPES: list[Any] = [
+    argparse.Namespace,
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,32 @@ class LoadReport:
         summary += [f"fresh: {', '.join(self.fresh)}"] if self.fresh else []
         summary += [f"left over: {', '.join(self.unexpected)}"] if self.unexpected else []
         return ["; ".join(summary), *self.notes]
+
+
+def read_weights(file: str | pathlib.Path, *, ema: bool = False) -> StateDict:
+    """The weights in a file of any origin, in timm's names. No code in the file is run.
+
+    Args:
+        file: .safetensors, or anything that torch.save wrote.
+        ema: as for `unwrap_state_dict`.
+
+    Raises:
+        UserError: no such file, not readable, or no Vision Transformer in it.
+    """
+    file = pathlib.Path(file)
+    if not file.is_file():
+        raise UserError(f"{file} is not a file")
+    try:
+        if file.suffix == ".safetensors":
+            checkpoint: Any = load_file(file)
+        else:
+            with torch.serialization.safe_globals(_SAFE_TYPES):
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises nearly any type on foreign bytes, safetensors one of its own
+        held = re.search(r"GLOBAL ([\w.]*\w) ", str(error))  # what a pickle would call
+        why = f"it holds the Python object {held[1]}" if held else "it is damaged, or no such file"
+        raise UserError(f"cannot read {file}: {why}; give a .safetensors file or a saved state_dict()") from error
+    return extract_state_dict(checkpoint, ema=ema, source=str(file))[0]
 
 
 def unwrap_state_dict(checkpoint: Any, *, ema: bool = False, source: str = "the checkpoint") -> StateDict:
@@ -147,8 +182,25 @@ def load_weights(
         source, name: how messages name the checkpoint and the model.
 
     Raises:
-        UserError: anything else is missing, left over or of another shape; or a fresh head that is not allowed.
+        UserError: anything else is missing, left over or of another shape; a fresh head that is not allowed; NaN or
+            infinite values.
     """
+    weights, report = fit_weights(
+        model, state_dict, num_classes_changed_ok=num_classes_changed_ok, source=source, name=name
+    )
+    model.load_state_dict(weights, strict=True)
+    return report
+
+
+def fit_weights(
+    model: "MergingViT",
+    state_dict: Mapping[str, Tensor],
+    *,
+    num_classes_changed_ok: bool = True,
+    source: str = "the checkpoint",
+    name: str = "the model",
+) -> tuple[StateDict, LoadReport]:
+    """What `load_weights` would load, for every parameter of the model, and its report. Nothing is changed."""
     _check_width(model, state_dict, source, name)
     fit = _Fit(model, dict(state_dict), model.state_dict())
     fit.positions()
@@ -160,8 +212,7 @@ def load_weights(
         because = "; ".join(fit.head_notes)
         raise UserError(f"{source} cannot be evaluated as {name}: {because}; choose the model and data it was made for")
     fit.check(source, name)
-    model.load_state_dict({key: fit.weights.get(key, fresh) for key, fresh in fit.expected.items()}, strict=True)
-    return fit.report()
+    return {key: fit.weights.get(key, fresh) for key, fresh in fit.expected.items()}, fit.report()
 
 
 @dataclass
@@ -306,6 +357,11 @@ class _Fit:
         problems = [f"{what} {_some(keys)}" for what, keys in misfits.items() if keys]
         if problems:
             raise UserError(f"{source} does not fit {name}: {'; '.join(problems)}")
+        broken = [key for key, tensor in self.weights.items() if not tensor.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"{source} holds NaN or infinite values in {_some(broken)}; choose weights from before that"
+            )
 
     def report(self) -> LoadReport:
         loaded = sum(key in self.weights for key in self.expected)

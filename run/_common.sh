@@ -77,8 +77,7 @@ count_gpus() {
 
 run_main() {
   local command=("$PYTHON")
-  # without "--" torchrun takes main.py's --r for one of its own options, abbreviated
-  if [ "$NGPUS" -gt 1 ]; then command+=(-m torch.distributed.run --standalone --nproc_per_node="$NGPUS" --); fi
+  if [ "$NGPUS" -gt 1 ]; then command+=("$ROOT/run/torchrun.py" --standalone --nproc_per_node="$NGPUS"); fi
   command+=("$ROOT/main.py" "$@")
   if [ -n "${REGTOME_ECHO:-}" ]; then
     printf '%q ' "${command[@]}"

@@ -2,6 +2,9 @@
 
 python run/kill_test.py                        # 30 faults, some minutes on two CPU cores
 python run/kill_test.py --faults 5 --seed 1 --folder output/kill_test
+python run/kill_test.py --all [--slurm]        # the table of faults (run/fault_table.py): old outcome, and today's
+python run/kill_test.py --sample               # some of its rows, in under five minutes
+python run/kill_test.py --minutes 30           # a fault every few seconds for so long, and memory and files meanwhile
 
 The run is a small model on scikit-learn's digits, in two processes under torchrun, saved after every update. Weights,
 their average, optimizer, schedule, random streams and log.txt (without its two columns of time) must be equal.
@@ -30,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(ROOT))
 
-from options import Parser, exit_status, non_negative_int
+from models import UserError
+from options import Parser, exit_status, non_negative_int, positive_float
 from utils import RunError
 
 TIMES = ("images_per_s", "seconds")
@@ -39,7 +43,7 @@ PATIENCE = 180  # seconds that a start, or an end after a fault, may take
 FLAGS = "--dataset DIGITS --device cpu --input_size 16 --batch_size 16 --epochs 4 --warmup_epochs 1 --num_registers 2"
 FLAGS += " --r 2 --full_weight 1 --full_r_max 3 --consistency_weight 3 --mixup 0.5 --drop_path 0.1 --reprob 0.3"
 FLAGS += " --repeated_aug --model_ema_decay 0.9 --log_every 1000 --save_every_steps 1 --resume auto"
-# who is hit with what; a killed launcher leaves ranks behind, which are then killed too, as when a machine goes down
+# who is hit with what; a killed launcher's ranks must leave by themselves
 FAULTS = {
     "a rank is killed": ("rank", signal.SIGKILL),
     "torchrun is killed": ("launcher", signal.SIGKILL),
@@ -100,7 +104,7 @@ class Launch:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that run, in order."""
-        return sorted(pid for pid in _children(self.process.pid) if b"main.py" in _read(f"/proc/{pid}/cmdline"))
+        return sorted(pid for pid in _children(self.process.pid) if is_rank(pid))
 
     def last_save(self) -> int:
         """When the checkpoint was last written: it changes with every save."""
@@ -108,42 +112,47 @@ class Launch:
         return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def _read(path: str) -> bytes:
+def is_rank(pid: int) -> bool:
+    """Tell whether a process of main.py is alive."""
+    stat = read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return bool(stat) and stat[0] != b"Z" and b"main.py" in read(f"/proc/{pid}/cmdline")
+
+
+def read(path: str) -> bytes:
+    """Read a file of /proc; empty for a process that has ended."""
     try:
         return Path(path).read_bytes()
-    except OSError:  # a process that has just ended
+    except OSError:
         return b""
 
 
 def _children(parent: int) -> list[int]:
-    stats = {int(entry.name): _read(f"{entry}/stat") for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    stats = {int(entry.name): read(f"{entry}/stat") for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     return [pid for pid, stat in stats.items() if stat and int(stat.rpartition(b")")[2].split()[1]) == parent]
 
 
-def launch(folder: Path) -> Launch:
+def launch(folder: Path, flags: str = "") -> Launch:
     """Start or resume the run in a folder; what it says goes to FOLDER.txt."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    command += [str(ROOT / "main.py"), *FLAGS.split(), "--output_dir", str(folder)]
+    command += [str(ROOT / "main.py"), *FLAGS.split(), *flags.split(), "--output_dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "REGTOME_DIST_TIMEOUT": "60"}
     with open(f"{folder}.txt", "ab") as output:
         return Launch(folder, subprocess.Popen(command, stdout=output, stderr=output, env=environment))
 
 
-def end(running: Launch, ranks: Sequence[int], launcher_killed: bool) -> int:
+def end(running: Launch, ranks: Sequence[int]) -> int:
     """Wait for the end of torchrun and of its ranks; returns torchrun's exit status."""
     status = running.process.wait(PATIENCE)
     deadline = time.monotonic() + PATIENCE
-    for rank in ranks:
-        while b"main.py" in _read(f"/proc/{rank}/cmdline"):
-            if launcher_killed:
-                _send(rank, signal.SIGKILL)
-            elif time.monotonic() > deadline:
-                raise TimeoutError(f"rank with process id {rank} outlives torchrun; see {running.folder}.txt")
-            time.sleep(0.01)
+    while any(is_rank(rank) for rank in ranks):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks with process ids {ranks} outlive torchrun; see {running.folder}.txt")
+        time.sleep(0.01)
     return status
 
 
-def _send(pid: int, number: signal.Signals) -> None:
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process, if it is still there."""
     with contextlib.suppress(ProcessLookupError):  # it has ended by itself
         os.kill(pid, number)
 
@@ -165,9 +174,9 @@ def strike(running: Launch, fault: str, draw: random.Random) -> bool:
     target, number = FAULTS[fault]
     ranks = running.ranks()
     victim = draw.choice(ranks) if target == "rank" and ranks else running.process.pid
-    _send(victim, number)
+    send(victim, number)
     running.process.poll()
-    end(running, ranks, victim == running.process.pid and number == signal.SIGKILL)
+    end(running, ranks)
     return True
 
 
@@ -201,41 +210,101 @@ def _check_end(running: Launch, patience: float) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="kill_test.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=non_negative_int, default=30, help="how many to play (default: 30)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--faults", type=non_negative_int, default=30, help="how many to play (default: 30)")
+    what.add_argument("--all", action="store_true", help="play every row of the table of faults")
+    what.add_argument("--sample", action="store_true", help="play some rows of it")
+    what.add_argument("--minutes", type=positive_float, help="play faults on one long run for so long")
+    parser.add_argument(
+        "--slurm", action="store_true", help="with --all: also the rows on a Slurm, made by tests/_slurm.py"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
     parser.add_argument("--folder", type=Path, default=Path("output/kill_test"), help="emptied first")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """Train once unbroken, then under faults; returns 0 if every tortured run equals the unbroken one, else 1."""
+    """Play what is asked for; returns 0 if everything came out as it must, else 1."""
     args = build_parser().parse(argv)
+    if args.slurm and not args.all:
+        raise UserError("--slurm adds rows to those of --all; give both")
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
-    began, draw, counts = time.monotonic(), random.Random(args.seed), Counter[str]()
-    unbroken = args.folder / "unbroken"
+    if args.all or args.sample:
+        from run.fault_table import play_table
+
+        return play_table(args.folder, args.sample, args.slurm)
+    draw = random.Random(args.seed)
+    return long_run(args.folder, args.minutes, draw) if args.minutes else compare(args.folder, args.faults, draw)
+
+
+def compare(base: Path, faults: int, draw: random.Random) -> int:
+    """Train once unbroken, then under faults; returns 0 if every tortured run equals the unbroken one, else 1."""
+    began, counts = time.monotonic(), Counter[str]()
+    unbroken = base / "unbroken"
     _check_end(launch(unbroken), PATIENCE * 5)
     print(f"unbroken run: {time.monotonic() - began:.0f} s", flush=True)
     lines: list[str] = []
     runs = 0
-    while counts.total() < args.faults:
-        folder = args.folder / f"tortured{runs}"
-        torture(folder, args.faults - counts.total(), draw, counts)
+    while counts.total() < faults:
+        folder = base / f"tortured{runs}"
+        torture(folder, faults - counts.total(), draw, counts)
         lines += [f"{folder.name}: {line}" for line in differing_runs(folder, unbroken)]
         runs += 1
+    return _verdict(lines, counts, f"in {runs} run(s), {time.monotonic() - began:.0f} s")
+
+
+def _verdict(lines: Sequence[str], counts: Counter[str], where: str) -> int:
     for fault, number in counts.items():
         print(f"{number:3d} x {fault}")
-    print(f"{counts.total()} faults in {runs} run(s), {time.monotonic() - began:.0f} s")
-    print(
-        "\n".join(
-            [*lines[:20], "FAIL: resumed runs differ from the unbroken one" if lines else "PASS: every bit is equal"]
-        )
-    )
+    print(f"{counts.total()} faults {where}")
+    verdict = "FAIL: resumed runs differ from the unbroken one" if lines else "PASS: every bit is equal"
+    print("\n".join([*lines[:20], verdict]))
     return 1 if lines else 0
 
 
+# a rate that does not know how long the run will be, and no sums that take long
+LONG = " --sched step --decay_epochs 1000000 --limit 320 --full_weight 0 --consistency_weight 0 --save_every_steps 5"
+
+
+def long_run(base: Path, minutes: float, draw: random.Random) -> int:
+    """Play faults on one run for so long, finish its epoch, and repeat its epochs unbroken; measures the latter."""
+    began, counts, names = time.monotonic(), Counter[str](), list(FAULTS)
+    folder, unbroken = base / "tortured", base / "unbroken"
+    while time.monotonic() - began < 60 * minutes:
+        fault = names[counts.total() % len(names)]
+        if not strike(launch(folder, f"{LONG} --epochs 1000000"), fault, draw):
+            raise RunError(f"the run ended by itself; see {folder}.txt")
+        counts[fault] += 1
+        if counts.total() % 10 == 0:
+            print(f"{time.monotonic() - began:5.0f} s: {counts.total()} faults, {progress(folder)}", flush=True)
+    epochs = checkpoint(folder)["epoch"] + 1
+    _check_end(launch(folder, f"{LONG} --epochs {epochs}"), PATIENCE)
+    running, measured = launch(unbroken, f"{LONG} --epochs {epochs}"), []
+    while running.process.poll() is None:
+        measured += [_resources(pid) for pid in running.ranks()[:1] if (unbroken / "checkpoint.pth").exists()]
+        time.sleep(2)
+    _check_end(running, 0)
+    updates = epochs * checkpoint(unbroken)["sampler"]["micro_batches"]
+    print(f"{epochs} epochs, {updates} updates; unbroken, rank 0 holds at its first quarter, half and end:")
+    for memory, files in (measured[len(measured) // 4], measured[len(measured) // 2], measured[-1]):
+        print(f"  {memory / 2**20:.0f} MiB, {files} files")
+    lines = differing_runs(folder, unbroken)
+    found = [line["epoch"] for line in log_lines(folder)]
+    lines += [] if found == list(range(epochs)) else [f"log.txt has the epochs {found}"]
+    return _verdict(lines, counts, f"in {time.monotonic() - began:.0f} s")
+
+
+def _resources(pid: int) -> tuple[int, int]:
+    """Bytes of memory and number of open files of a process."""
+    pages = read(f"/proc/{pid}/statm").split()
+    with contextlib.suppress(OSError):
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 0, len(os.listdir(f"/proc/{pid}/fd"))
+    return 0, 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status: 0 if every bit is equal, else 1."""
+    """Run one command line; returns the exit status: 0 if everything came out as it must, else 1."""
     return exit_status("kill_test.py", run, argv)
 
 

@@ -11,6 +11,7 @@ scancel --signal=USR2) saves, is requeued, and goes on where it was; so does one
 import argparse
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -24,6 +25,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,12 +42,25 @@ import build
 import main as program
 import options
 from datasets import MAX_WORKERS
+from downloads import fetch, has_credentials
 from models import UserError, create_model
+from runfolder import check_unused
 from sources import data_root, missing_data
 from utils import INTERRUPTED_STATUS, setup_output
 
 ROOT = Path(__file__).resolve().parents[1]
-SLURM_ONLY = ("partition", "constraint", "account", "mem", "comment", "cpus", "job_name", "sbatch", "max_timeouts")
+SLURM_ONLY = (
+    "partition",
+    "constraint",
+    "account",
+    "mem",
+    "comment",
+    "cpus",
+    "job_name",
+    "sbatch",
+    "max_timeouts",
+    "requeue_on_failure",
+)
 ENDED = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -55,14 +70,38 @@ ENDED = (
     "NODE_FAIL",
     "OUT_OF_MEMORY",
     "PREEMPTED",
+    "REVOKED",
     "TIMEOUT",
 )
+NEVER = ("DependencyNeverSatisfied", "JobHeldUser", "JobHeldAdmin", "launch failed requeued held", "BadConstraints")
+SILENCE = 1800.0  # seconds without an answer of Slurm after which nobody waits on
 GRACE = 60.0  # seconds for the other ranks to end after one failed, and for shared file systems to show results
+SETTLE = 15.0  # for results of a job that did not end well
 TAIL = 40  # lines that are shown of a rank that died without a traceback
 LOST_CONTACT = re.compile("lost contact|connection closed|connection reset|broken pipe|nccl", re.IGNORECASE)
 
 
 # In the job
+
+
+# At the beginning of the batch script. A process that is killed gets no chance to ask for a requeue: the script does.
+# The first line tells in the log, which all starts of a job share, where one begins.
+START = "submit.py: start"
+SETUP = """\
+echo "submit.py: start ${SLURM_RESTART_COUNT:-0}" >&2
+regtome_end() {
+  status=$? log=@FOLDER@/${SLURM_JOB_ID}_0_log.err count=@FOLDER@/${SLURM_JOB_ID}_failures
+  [[ $status != 0 ]] || return
+  [[ $status -ge 128 ]] || tac "$log" | sed '/^submit.py: start/q' | grep -qiE 'oom.kill|out of memory' || return
+  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || return
+  failures=$(($(cat "$count" 2>/dev/null || echo 0) + 1))
+  [[ $failures -le @TIMES@ ]] || return
+  echo "$failures" > "$count"
+  echo "submit.py: a process was killed; requeueing, $failures of @TIMES@" >&2
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+}
+trap regtome_end EXIT
+"""
 
 
 class RunFailed(RuntimeError):
@@ -83,11 +122,14 @@ class Rank:
 
     def __call__(self) -> int:
         job = submitit.JobEnvironment()
+        job.paths.result_pickle.unlink(missing_ok=True)  # of a start before this one
         self._environment(job)
         sys.path.insert(0, self.root)
         from main import main
-        from utils import RESUMABLE_STATUS
+        from utils import RESUMABLE_STATUS, StopSignal, die_with_launcher
 
+        StopSignal.ends_process = True
+        die_with_launcher()
         try:
             status = main(self.arguments())
         except Exception:
@@ -180,7 +222,8 @@ def slurm_state(job_id: str) -> str:
             break
     if done.returncode:
         return "GONE" if "Invalid job id" in done.stderr else "UNKNOWN"
-    return done.stdout.strip() or "GONE"
+    states = list(dict.fromkeys(line.strip() for line in done.stdout.splitlines() if line.strip()))
+    return next((state for state in states if state not in ENDED), states[0] if states else "GONE")
 
 
 # Before the job
@@ -216,6 +259,13 @@ def build_parser() -> options.Parser:
     add("--job_name", help="default: regtome")
     add("--sbatch", action="append", metavar="KEY=VALUE", help="any other option of sbatch, such as qos=high")
     add("--job_dir", metavar="DIR", help="script and logs; %%j is the job's id (default: <output_dir>/slurm)")
+    add(
+        "--requeue_on_failure",
+        type=options.non_negative_int,
+        default=0,
+        metavar="N",
+        help="start again up to N times after a process was killed or ran out of memory (default: 0)",
+    )
     add("--wait", action="store_true", help="until the end; then a failed rank's error is shown, and the status is 1")
     add("--dry_run", action="store_true", help="print what would be submitted")
     add("--skip_data_check", action="store_true", help="for data that only the compute nodes see")
@@ -246,12 +296,14 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     for pair in args.sbatch or ():
         if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", pair):
             raise UserError(f"--sbatch {pair} must look like qos=high or exclusive")
+        if "array".startswith(pair.partition("=")[0]):  # sbatch takes shortened names
+            raise UserError("--sbatch array is refused: this submits one run; submit each with its own --output_dir")
     return args, argv[end + 1 :]
 
 
 def _check_local(args: Namespace) -> None:
     for name in SLURM_ONLY:
-        if getattr(args, name) is not None:
+        if getattr(args, name) not in (None, 0):
             raise UserError(f"--{name} has no effect with --cluster {args.cluster}; leave it out")
     if args.nodes > 1:
         raise UserError(f"--cluster {args.cluster} runs on this machine only; leave --nodes out")
@@ -274,20 +326,29 @@ def complete(main_argv: Sequence[str], args: Namespace) -> tuple[list[str], Name
         main_argv += ["--device", "cpu"]
     main_args = options.parse_args(main_argv)
     check_run(main_args, args.skip_data_check)
-    return main_argv, main_args
+    for flag in ("resume", "finetune", "teacher_path"):
+        url = getattr(main_args, flag)
+        if url and has_credentials(url):  # the job folder keeps the command line
+            if args.cluster != "debug":
+                print(f"--{flag}: jobs take the downloaded {fetch(url)}: its URL is not for the files of a job")
+            main_argv = [word.replace(url, str(fetch(url))) for word in main_argv]
+    return main_argv, options.parse_args(main_argv)
 
 
 def check_run(main_args: Namespace, skip_data: bool = False) -> None:
     """Raise UserError for a model, a merging, a checkpoint or a data path with which main.py could not start."""
     weights = build.Weights(main_args, main_args.model)
-    config = build.build_config(main_args, weights.name)
+    config = build.build_config(main_args, weights)
     merge = options.merge_config(main_args, weights.merge)
     registers = {"num_registers": main_args.num_registers, "register_layer": main_args.register_layer or 0}
     if weights.state is None:  # else the checkpoint decides what fits
-        create_model(weights.name, merge=merge, img_size=config.input_size, num_classes=10, **registers)
-    folder = Path(main_args.output_dir).expanduser()
-    if not main_args.eval and not _continues(main_args.resume, folder) and (folder / "checkpoint.pth").exists():
-        raise UserError(f"{folder} holds checkpoint.pth of an earlier run; add --resume auto, or name another folder")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            create_model(weights.name, merge=merge, img_size=config.input_size, num_classes=10, **registers)
+        for message in caught:
+            print(f"warning: {message.message}")
+    if not main_args.eval:
+        check_unused(Path(main_args.output_dir).expanduser(), main_args.resume, main_args.overwrite)
     if not skip_data and main_args.dataset in ("IMNET", "IMAGENETTE", "FOLDER"):
         for split in ("val",) if main_args.eval else ("train", "val"):
             if not (data_root(main_args) / split).is_dir():
@@ -299,11 +360,6 @@ def workers_of(main_args: Namespace) -> int:
     return MAX_WORKERS if main_args.num_workers is None else int(main_args.num_workers)
 
 
-def _continues(resume: str | None, folder: Path) -> bool:
-    """True if --resume names the run's own checkpoint, which a requeued run may take from its folder, too."""
-    return bool(resume) and (resume == "auto" or Path(str(resume)).expanduser().resolve().parent == folder.resolve())
-
-
 # The submission
 
 
@@ -313,7 +369,7 @@ def build_executor(args: Namespace, main_args: Namespace) -> Any:
     Raises:
         UserError: there is no Slurm here.
     """
-    folder = Path(args.job_dir or Path(main_args.output_dir) / "slurm").expanduser().absolute()
+    folder = _job_folder(args, main_args)
     tasks = args.tasks_per_node or max(1, args.ngpus)
     executor: Any
     if args.cluster == "local":
@@ -352,11 +408,23 @@ def _slurm_parameters(args: Namespace, main_args: Namespace, tasks: int) -> dict
         "wckey": None,  # submitit's own would be refused where such keys are kept
         # a failed rank must not leave the others waiting; since Slurm 22.05 srun ignores sbatch's cpus-per-task
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
+        "setup": _setup(args, main_args),
         # requeue: also where the cluster's default is not to
         "additional_parameters": {"requeue": True, **{key: value if sep else True for key, sep, value in pairs}},
         **{name: getattr(args, name) for name in ("partition", "constraint", "account", "comment")},
     }
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
+
+
+def _job_folder(args: Namespace, main_args: Namespace) -> Path:
+    return Path(args.job_dir or Path(main_args.output_dir) / "slurm").expanduser().absolute()
+
+
+def _setup(args: Namespace, main_args: Namespace) -> list[str]:
+    """Return the lines of the batch script before srun."""
+    lines = SETUP.splitlines() if args.requeue_on_failure else SETUP.splitlines()[:1]
+    folder = shlex.quote(str(_job_folder(args, main_args))).replace("%j", "${SLURM_JOB_ID}")
+    return [line.replace("@FOLDER@", folder).replace("@TIMES@", str(args.requeue_on_failure)) for line in lines]
 
 
 def build_rank(args: Namespace, main_argv: list[str], main_args: Namespace) -> Rank:
@@ -425,8 +493,39 @@ def announce(args: Namespace, job: Any, main_args: Namespace) -> None:
 Results = dict[int, tuple[str, Any]]  # rank -> ("success", value) or ("error", traceback), of ranks that have ended
 
 
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """What is known about a job that is followed, besides its number: what its end is told with."""
+
+    output_dir: str = ""
+    command: str = ""  # to go on with
+
+    def ways_on(self) -> list[str]:
+        """Say what is saved, and how to go on."""
+        folder = Path(self.output_dir).expanduser()
+        if not self.output_dir or not (folder / "checkpoint.pth").exists():
+            return []
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((folder / "checkpoint.pth").stat().st_mtime))
+        where = ""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            marker = json.loads((folder / "stopped.json").read_text())
+            where = f", in epoch {marker['epoch']} after micro-batch {marker['step']}"
+        return [f"last good checkpoint: {folder / 'checkpoint.pth'}, of {saved}{where}", f"go on with: {self.command}"]
+
+
 def job_state(job: Any) -> str:
     return slurm_state(job.job_id) if isinstance(job, submitit.SlurmJob) else job.state
+
+
+def pending_reason(job: Any) -> str:
+    """Return Slurm's word for why a job waits."""
+    if not isinstance(job, submitit.SlurmJob):
+        return ""
+    command = ["squeue", "--noheader", f"--jobs={job.job_id}", "--format=%r"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout.strip().partition("\n")[0]
+    return ""
 
 
 def read_results(job: Any) -> Results:
@@ -438,40 +537,93 @@ def read_results(job: Any) -> Results:
     return {rank: pickle_load(path) for rank, path in paths.items() if path.exists()}
 
 
-def wait(job: Any, poll: float = 2.0) -> int:
+def wait(job: Any, poll: float = 2.0, followed: Followed | None = None) -> int:
     """Follow a job through its requeues to its end; 0 if every rank succeeded, else 1 after showing the failed rank."""
-    state, ending_since, results = "", 0.0, read_results(job)
+    followed = followed or Followed()
+    state, reason, ending_since, silent_since, results = "", "", 0.0, 0.0, read_results(job)
     while not _all_succeeded(job, results):
-        state, before = job_state(job), state
-        if state != before:
-            print(f"job {job.job_id}: {state}", flush=True)
+        before, state = (state, reason), job_state(job)
+        reason = pending_reason(job) if state == "PENDING" else ""
+        if (state, reason) != before:
+            print(f"job {job.job_id}: {state}{f' ({reason})' if reason not in ('', 'None') else ''}", flush=True)
+        if any(word.lower() in reason.lower() for word in NEVER):
+            return _give_up(job, f"waits for ever ({reason}): release it by scontrol, or end it: scancel {job.job_id}")
+        silent_since = (silent_since or time.monotonic()) if state == "UNKNOWN" else 0.0
+        if silent_since and time.monotonic() - silent_since > SILENCE:
+            return _give_up(job, "may go on: Slurm has not answered for half an hour")
         results = read_results(job)
         over = state in (*ENDED, "GONE", "FINISHED", "INTERRUPTED")
-        failed = any(outcome == "error" for outcome, _ in results.values())
+        # a requeued job's results are of its start before
+        failed = state != "PENDING" and any(outcome == "error" for outcome, _ in results.values())
         ending_since = (ending_since or time.monotonic()) if over or failed else 0.0
-        if ending_since and ((over and failed) or time.monotonic() - ending_since > GRACE):
+        if ending_since and (
+            (over and failed) or time.monotonic() - ending_since > (GRACE if failed or state == "COMPLETED" else SETTLE)
+        ):
             if not over:
                 job.cancel(check=False)  # ranks that wait for the failed one
-            return report(job, results, state)
+            return report(job, results, state, followed)
         time.sleep(min(poll, 1.0) if ending_since else poll)
     print(f"job {job.job_id}: done")
     return 0
+
+
+def _give_up(job: Any, why: str) -> int:
+    print(f"submit.py: job {job.job_id} {why}", file=sys.stderr)
+    return 1
 
 
 def _all_succeeded(job: Any, results: Results) -> bool:
     return len(results) == job.num_tasks and all(outcome == "success" for outcome, _ in results.values())
 
 
-def report(job: Any, results: Results, state: str) -> int:
-    """Show the rank that failed first: one with a traceback of its own, before those that lost contact with it."""
+def report(job: Any, results: Results, state: str, followed: Followed | None = None) -> int:
+    """Show the rank that failed first, and how to go on.
+
+    That is one with an error of its own, or one that was killed, which leaves no result; those that lost contact with
+    it are not to blame.
+    """
+    lines = (followed or Followed()).ways_on()
     errors = {rank: str(text) for rank, (outcome, text) in results.items() if outcome == "error"}
-    if not errors:
-        silent = next((rank for rank in range(job.num_tasks) if rank not in results), 0)
-        return _show(job, silent, f"ended as {state} without a result of rank {silent}", _error_log(job, silent))
     # main.py prints its own errors in one line of the log; any other has its traceback in the result
     texts = {r: _error_log(job, r) if RunFailed.__name__ in text else text for r, text in errors.items()}
-    rank = min(texts, key=lambda r: (bool(LOST_CONTACT.search(texts[r])), r))
-    return _show(job, rank, f"failed on rank {rank} of {job.num_tasks}", texts[rank])
+    own = [rank for rank, text in texts.items() if not LOST_CONTACT.search(text)]
+    missing = [rank for rank in range(job.num_tasks) if rank not in results]
+    killed = first_killed(job)
+    if own:
+        return _show(job, own[0], f"failed on rank {own[0]} of {job.num_tasks}", texts[own[0]], lines)
+    if state in ("CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL") and not errors:
+        return _show(job, 0, f"ended as {state}", "", lines)
+    if killed is not None:
+        rank, node, cause = killed
+        return _show(job, rank, f"failed: rank {rank} of {job.num_tasks} on {node} {cause}", "", lines)
+    if errors and missing:
+        cause = "left no result: it was killed, most likely because memory ran out"
+        return _show(job, missing[0], f"failed: rank {missing[0]} of {job.num_tasks} {cause}", "", lines)
+    if errors:
+        rank = min(texts)
+        return _show(job, rank, f"failed on rank {rank} of {job.num_tasks}", texts[rank], lines)
+    silent = missing[0] if missing else 0
+    event = f"ended as {state} without a result of rank {silent}"
+    return _show(job, silent, event, _error_log(job, silent), lines)
+
+
+def first_killed(job: Any) -> tuple[int, str, str] | None:
+    """Return rank, node and cause of the first process that srun saw end, if it did not end by itself."""
+    path = job.task(0).paths.stderr
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = text.rpartition(START)[2].splitlines()
+    found = (re.fullmatch(r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (.+)", line.strip()) for line in lines)
+    first = next((match for match in found if match), None)
+    if first is None or first[3].startswith("Exited"):
+        return None
+    memory = "ask for more with --mem, or lower --batch_size or --num_workers of main.py"
+    causes = {
+        "Killed": f"was killed (SIGKILL), most likely because memory ran out: {memory}",
+        "Out Of Memory": f"ran out of memory: {memory}",
+        "Bus error": "was killed (SIGBUS), most likely because shared memory is full: lower --num_workers of main.py",
+    }
+    word = first[3].partition(" (core dumped)")[0]
+    return int(first[2]), first[1], causes.get(word, f"was ended: {word}")
 
 
 def _error_log(job: Any, rank: int) -> str:
@@ -483,10 +635,14 @@ def _error_log(job: Any, rank: int) -> str:
     return "\n".join([line for line in lines if line.startswith("main.py: error")][-1:] or lines)
 
 
-def _show(job: Any, rank: int, event: str, text: str) -> int:
+def _show(job: Any, rank: int, event: str, text: str, lines: Sequence[str] = ()) -> int:
     paths = job.task(rank).paths
     print(f"submit.py: job {job.job_id} {event}; logs: {paths.stdout}, {paths.stderr}", file=sys.stderr)
-    print(error_excerpt(text), file=sys.stderr, flush=True)
+    if text:
+        print(error_excerpt(text), file=sys.stderr)
+    for line in lines:
+        print(f"submit.py: {line}", file=sys.stderr)
+    sys.stderr.flush()
     return 1
 
 
@@ -496,6 +652,14 @@ def error_excerpt(text: str) -> str:
     lines = text.strip().splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith("Traceback")), max(0, len(lines) - TAIL))
     return "\n".join(lines[start:])
+
+
+def followed_job(argv: Sequence[str], main_argv: Sequence[str], main_args: Namespace) -> Followed:
+    """Return what the end of a job is told with."""
+    words = [word for word in main_argv if word != "--overwrite"]
+    words += [] if main_args.resume == "auto" or main_args.eval else ["--resume", "auto"]
+    flags = argv[: list(argv).index("--")]
+    return Followed(main_args.output_dir, shlex.join(["python", "run/submit.py", *flags, "--", *words]))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -512,7 +676,7 @@ def run(argv: Sequence[str]) -> int:
     job = submit(executor, build_rank(args, main_argv, main_args))
     announce(args, job, main_args)
     try:
-        return wait(job) if args.wait else 0
+        return wait(job, followed=followed_job(argv, main_argv, main_args)) if args.wait else 0
     except KeyboardInterrupt:
         print("submit.py: interrupted; the job goes on", file=sys.stderr)
         return INTERRUPTED_STATUS

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: format, lint, types, tests. Makes its environment if there is none (see _venv.sh).
+# All checks: format, lint, types, tests; with CI=true also a sample of the table of faults. Makes its environment if there is none (see _venv.sh).
 #
 #     bash run/test.sh [pytest options]
 #
@@ -42,3 +42,5 @@ step "ruff check" "$PYTHON" -m ruff check .
 step "mypy" "$PYTHON" -m mypy
 echo "== pytest"
 if (($#)); then run_tests "$@"; else run_halves; fi
+# a part of the table of faults, with real kills; `run/kill_test.py --all --slurm` plays the whole
+if [ "${CI:-}" = true ] && ! (($#)); then step "faults" timeout 300 "$PYTHON" run/kill_test.py --sample; fi

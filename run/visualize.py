@@ -56,8 +56,8 @@ def load(
     """
     dist = init_distributed(args.device)
     if places is None:
-        data, _, model, _ = prepare(args, dist)
-        return model.eval(), *_from_data(data, count)
+        prepared = prepare(args, dist)
+        return prepared.model.eval(), *_from_data(prepared.data, count)
     find_images(places, "--images")  # before a model is built, for a mistake in the place
     loaded = load_for_inference(args, dist.device)
     images = open_images(places, args, loaded.config)

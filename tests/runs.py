@@ -34,8 +34,9 @@ def toy_model() -> Iterator[None]:
 
 
 def digits(*flags: object, limit: int = 40) -> list[str]:
-    """A command line that trains one epoch of a few digits."""
-    words = ["--dataset", "DIGITS", "--limit", limit, "--epochs", 1, "--batch_size", 10, "--warmup_epochs", 0, *flags]
+    """A command line that trains one epoch of a few digits, or evaluates where --eval is among the flags."""
+    training = [] if "--eval" in flags else ["--epochs", 1, "--warmup_epochs", 0]
+    words = ["--dataset", "DIGITS", "--limit", limit, "--batch_size", 10, *training, *flags]
     return [str(word) for word in words]
 
 

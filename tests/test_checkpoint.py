@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import hashlib
 import io
 import os
 import pathlib
@@ -22,6 +23,8 @@ from test_utils import draw, names_in, one_line, plain_environment  # noqa: F401
 import checkpoint
 import utils
 from checkpoint import DamagedCheckpoint
+from distributed import Distributed
+from runfolder import claimed
 from utils import RunError
 
 
@@ -139,7 +142,8 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path, step, torn):
     assert in_child(save) == (9 if step == 6 else 0)  # five moments, and then it is done
     loaded, _ = checkpoint.load_resume("auto", tmp_path)
     assert_same(loaded, state(2 if step > 3 else 0 if torn else 1))
-    utils.setup_output(tmp_path, True)
+    with claimed(argparse.Namespace(output_dir=tmp_path, resume="auto", overwrite=False), Distributed("cpu")):
+        pass
     assert names_in(tmp_path) == ["checkpoint.pth", "checkpoint_prev.pth"]
     checkpoint.save_checkpoint(path, state(3))
     assert_same(checkpoint.load_checkpoint(path), state(3))
@@ -202,6 +206,21 @@ def test_a_flip_in_the_weights_names_the_part(tmp_path):
     path.write_bytes(content)
     torch.load(path, weights_only=True)  # torch itself sees nothing
     assert "wrong checksum of" in one_line(lambda: checkpoint.load_checkpoint(path), DamagedCheckpoint)
+
+
+def test_compressed_records_are_refused_before_they_are_unpacked(tmp_path):
+    torch.save({"model": torch.zeros(1000)}, tmp_path / "plain.pth")
+    bomb, copies = tmp_path / "bomb.pth", tmp_path / "copies.pth"
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in plain.infolist():
+            archive.writestr(entry.filename, plain.read(entry))
+    message = one_line(lambda: checkpoint.load_checkpoint(bomb), DamagedCheckpoint)
+    assert "has compressed parts (" in message and "save it anew" in message
+    content = bytearray((tmp_path / "plain.pth").read_bytes())
+    start = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0")) if b"archive/data/0" in content else 0
+    content[start + 24 : start + 28] = (2**31).to_bytes(4, "little")  # the unpacked size in the central directory
+    copies.write_bytes(content)
+    one_line(lambda: checkpoint.load_checkpoint(copies), DamagedCheckpoint)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -362,8 +381,9 @@ def test_url_is_cached_by_address(server, tmp_path):
         loaded, path = checkpoint.load_resume(f"{address}/{folder}/checkpoint.pth?download=1", "")
         assert path.startswith("http://") and loaded["epoch"] == 7
     assert len(asked) == 2
-    checkpoint.load_checkpoint(f"{address}/good/deit_small_patch16_224-cd65a155.pth")
-    assert (tmp_path / "hub" / "checkpoints" / "deit_small_patch16_224-cd65a155.pth").exists()
+    digest = hashlib.sha256((tmp_path / "served.pth").read_bytes()).hexdigest()[:8]
+    checkpoint.load_checkpoint(f"{address}/good/deit_small_patch16_224-{digest}.pth")
+    assert (tmp_path / "hub" / "checkpoints" / f"deit_small_patch16_224-{digest}.pth").exists()
 
 
 def test_url_that_does_not_answer(server, tmp_path):

@@ -402,5 +402,5 @@ def test_a_checkpoint_inside_an_epoch_of_another_order_says_why_it_stops(
         torch.save({**state, "epoch": 0, "step": 1}, tmp_path / "inside.pth")
         torch.save({**state, "epoch": 0}, tmp_path / "end.pth")
         message = refusal(capsys, [*argv, "--resume", str(tmp_path / "inside.pth")])
-        assert "another order" in message and "stopped inside an epoch" in message
-        assert "another order" in succeeds(capsys, [*argv, "--resume", str(tmp_path / "end.pth")])
+        assert "stopped inside an epoch" in message and "order 1 -> 2" in message
+        assert "warning: resumed with order 1 -> 2" in succeeds(capsys, [*argv, "--resume", str(tmp_path / "end.pth")])

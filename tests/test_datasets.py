@@ -35,6 +35,7 @@ from datasets import (
     number_of_workers,
     seeded,
     unnormalise,
+    with_own_preprocessing,
 )
 from models.errors import UserError
 
@@ -99,7 +100,7 @@ def batches_of(loader_or_batches) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_digits_is_a_fixed_stratified_split_with_unit_variance() -> None:
     args = make_args(dataset="DIGITS", aa="none", hflip=0.0, reprob=0.0, color_jitter=0.0)
-    data = build_data(args, SMALL)
+    data = build_data(args, with_own_preprocessing(SMALL, "DIGITS"))
     assert (len(data.train), len(data.val), data.num_classes) == (1437, 360, 10)
     counts = np.bincount(data.val.targets)
     assert counts.min() >= 35 and counts.max() <= 37
@@ -112,7 +113,7 @@ def test_digits_is_a_fixed_stratified_split_with_unit_variance() -> None:
 
 def test_digits_at_other_sizes_keeps_the_whole_digit_in_view() -> None:
     args = make_args(dataset="DIGITS", eval=True)
-    data = build_data(args, DataConfig(input_size=64, crop_pct=0.5))
+    data = build_data(args, with_own_preprocessing(DataConfig(input_size=64, crop_pct=0.5), "DIGITS"))
     shown = unnormalise(data.val[0].image, data.config)
     whole = np.asarray(data.val.read(0), dtype=np.float32).transpose(2, 0, 1) / 255
     assert data.train is None and np.allclose(shown.numpy(), whole, atol=1e-4)

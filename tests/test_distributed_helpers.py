@@ -187,3 +187,20 @@ def test_import_changes_nothing_and_a_missing_process_ends_the_wait():
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "REGTOME_DIST_TIMEOUT": "1"}
     output, _ = start(ALONE, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", **meeting).communicate(timeout=600)
     assert "lost contact" in output and "process 0 of 2" in output and output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "[/a/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.2]:5960. This is "
+            "typically caused by a remote worker crashing. GLHF!",
+            "a process on 10.0.0.2 closed the connection",
+        ),
+        ("[/a/b.cc:78] Timed out waiting 4000ms for recv operation to complete", "no answer within 4 s"),
+        ("NCCL error: remote process exited\nstack", "NCCL error: remote process exited"),
+        ("[/a/pair.cc:1] something new. GLHF!", "something new."),
+    ],
+)
+def test_a_lost_process_is_told_in_plain_words(text: str, wanted: str) -> None:
+    assert distributed.plain_reason(RuntimeError(text)) == wanted

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,13 +118,13 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Gradients
 
 
-@pytest.mark.parametrize("flags", [[], ["--r", 2, "--full_weight", 1, "--consistency_weight", 3, "--full_r_max", 1]])
+@pytest.mark.parametrize("flags", [[], ["--r", 2, "--full_weight", 1, "--consistency_weight", 3, "--full_r_max", 4]])
 def test_accumulation_equals_the_large_batch(flags: list[object]) -> None:
     flags = [*flags, *(["--consistency_threshold", 0] if flags else []), "--smoothing", 0.1]
     small, large = (make_learner(*flags) for _ in range(2))
     batches = [make_batch(4, seed) for seed in range(3)]
-    sums = small.gradients(batches, 0, 0)
-    wanted = large.gradients([join(batches)], 0, 0)
+    sums = small.step_gradients(batches, 0, 0)
+    wanted = large.step_gradients([join(batches)], 0, 0)
     assert sums.keys() == wanted.keys()
     for name in sums:
         torch.testing.assert_close(sums[name], wanted[name])
@@ -219,18 +220,33 @@ def test_clipping_scales_the_whole_gradient(factor: float) -> None:
         torch.testing.assert_close(step, grads[name] * min(1.0, factor), rtol=1e-5, atol=1e-9)
 
 
-def test_the_average_follows_by_its_formula() -> None:
-    learner = make_learner("--model_ema_decay", 0.9)
+@pytest.mark.parametrize(
+    ("warmup", "decay", "decays"), [(False, 0.9, [0.9] * 4), (True, 0.15, [0, 1 / 10, 0.15, 0.15])]
+)
+def test_the_average_follows_by_its_formula(warmup: bool, decay: float, decays: list[float]) -> None:
+    """The decay after t updates is t / (9 + t), counted from 0, until it reaches the asked one."""
+    learner = make_learner("--model_ema_decay", decay, "--model_ema_warmup" if warmup else "--no_model_ema_warmup")
     assert learner.ema is not None
     wanted = {name: tensor.clone() for name, tensor in learner.module.state_dict().items()}
-    for step in range(3):
+    for step, kept in enumerate(decays):
         learner.step_gradients([make_batch(4, step)], 0, step)
         learner.update()
         for name, tensor in learner.module.state_dict().items():
-            wanted[name] = 0.9 * wanted[name] + 0.1 * tensor
+            wanted[name] = kept * wanted[name] + (1 - kept) * tensor
     for name, tensor in learner.ema.module.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name])
     assert not torch.equal(wanted["head.weight"], learner.module.state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize("updates", [100, 100_000])
+def test_the_average_spans_the_last_part_of_a_run_of_any_length(updates: int) -> None:
+    """The weights of the first half of a run have next to no share in its average, those of the last tenth most."""
+    ema = make_learner("--model_ema_decay", 0.99996).ema
+    assert ema is not None
+    decays = np.array([ema.get_decay(step) for step in range(1, updates + 1)])
+    shares = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1)  # of the weights after each update
+    assert shares.sum() == pytest.approx(1) and decays.prod() == 0  # nothing is left of the initial weights
+    assert shares[: updates // 2].sum() < 0.01 and 0.5 < shares[-updates // 9 :].sum() < 0.8
 
 
 # The loop

@@ -17,12 +17,16 @@ TOP_LEVEL = (
     "options",
     "build",
     "trainer",
+    "linear_probe",
     "engine",
     "losses",
     "datasets",
     "sources",
     "checkpoint",
     "distributed",
+    "downloads",
+    "runfolder",
+    "resume",
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}

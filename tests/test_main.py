@@ -43,7 +43,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def folder_run(tree: Path, *flags: object) -> list[str]:
     words = ["--dataset", "FOLDER", "--data_path", tree, "--model", "deit_digits", "--input_size", 16]
-    words += ["--epochs", 1, "--batch_size", 4, "--num_workers", 0, "--warmup_epochs", 0, *flags]
+    training = [] if "--eval" in flags else ["--epochs", 1, "--warmup_epochs", 0]
+    words += ["--batch_size", 4, "--num_workers", 0, *training, *flags]
     return [str(word) for word in words]
 
 
@@ -120,7 +121,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--consistency_weight", "1"], ["--consistency_weight", "--full_weight"]),
         (["--r", "2", "--full_weight", "1", "--full_r_max", "1.5"], ["--full_r_max"]),
         (["--merged_weight", "0"], ["nothing to train"]),
-        (["--r_warmup_epochs", "1"], ["--r_warmup_epochs has no effect"]),
+        (["--epochs", "2", "--r_warmup_epochs", "1"], ["--r_warmup_epochs has no effect"]),
+        (["--r", "2", "--r_warmup_epochs", "3"], ["--r_warmup_epochs 3 reaches r only after", "1 epochs"]),
         (["--train_only", "registers_head"], ["--num_registers"]),
         (["--register_lr_mult", "2"], ["--register_lr_mult has no effect without registers"]),
         (["--bce_loss"], ["--bce_loss", "--smoothing 0"]),
@@ -253,10 +255,11 @@ def test_spellings_of_deit() -> None:
     assert args.three_augment and args.unscale_lr and args.batch_size == 8 and not args.model_ema
 
 
-def test_booleans_have_a_negative_and_the_last_one_wins() -> None:
+def test_booleans_have_a_negative_which_contradicts_them() -> None:
     assert parse("--prop_attn").prop_attn is True and parse().prop_attn is None
-    assert parse("--prop_attn", "--no_prop_attn").prop_attn is False
-    assert parse("--no_prop_attn", "--prop_attn").prop_attn is True
+    for flags in (("--prop_attn", "--no_prop_attn"), ("--no-repeated-aug", "--repeated_aug")):
+        with pytest.raises(UserError, match=r"contradict each other; give one of them"):
+            parse(*flags)
     negatives = [f for a in options.build_parser()._actions for f in a.option_strings if f.startswith("--no_")]
     for flag in negatives:
         assert getattr(parse(flag), flag.removeprefix("--no_")) is False
@@ -275,7 +278,8 @@ def test_a_recipe_gives_way_to_config_and_flags(tmp_path: Path) -> None:
 
 def test_every_flag_is_in_one_group() -> None:
     groups = [options.flags_of(group) for group in options.FLAG_GROUPS]
-    assert frozenset().union(*groups) == frozenset(vars(parse())) and sum(map(len, groups)) == len(vars(parse()))
+    flags = frozenset(vars(parse())) - {"given"}
+    assert frozenset().union(*groups) == flags and sum(map(len, groups)) == len(flags)
     inference = options.flags_of(*options.INFERENCE_GROUPS)
     assert {"config", "model", "r", "tau_sim", "finetune", "dataset", "limit", "seed", "device"} <= inference
     assert not {"epochs", "resume", "r_evals", "r_warmup_epochs", "drop_path", "compile", "output_dir"} & inference
@@ -304,8 +308,12 @@ def test_config_sets_defaults_of_every_kind(tmp_path: Path) -> None:
     assert (args.model, args.lr, args.model_ema, args.three_augment) == ("deit_tiny", 1e-3, False, True)
     assert (args.opt_betas, args.r, args.activate_layer) == ([0.9, 0.95], "2,0,4", (0, 2))
     assert (args.sam_rho, args.eval, args.r_evals) == (0.0, True, ["0", "4,2"])
-    args = parse("--config", file, "--model_ema", "--opt_betas", 0.8, 0.9)
-    assert args.model_ema and args.opt_betas == [0.8, 0.9]
+    args = parse("--config", file, "--r_evals", 3, "--model", "deit_small")
+    assert args.r_evals == ["3"] and args.model == "deit_small"
+    assert args.given == sorted(args.given) and {"model", "model_ema", "opt_betas", "r_evals"} <= set(args.given)
+    file.write_text("no_pretrained: true\nno-model-ema: false\ndata_set: DIGITS\n")  # every spelling of a flag
+    args = parse("--config", file)
+    assert (args.pretrained, args.model_ema, args.dataset) == (False, True, "DIGITS")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +325,10 @@ def test_config_sets_defaults_of_every_kind(tmp_path: Path) -> None:
         ("batch_size: true", ["batch_size takes a value"]),
         ("batch_size: false", ["batch_size takes a value"]),
         ("model_ema: 3", ["model_ema takes true or false"]),
-        ("- epochs", ["must hold lines such as"]),
+        ("- epochs", ["holds a list", "write lines such as"]),
+        ("", ["is empty", "write lines such as"]),
+        ("no_model_ema: 1", ["no_model_ema takes true or false"]),
+        ("model_ema: true\nno_model_ema: true", ["model_ema is set twice"]),
         ("a: [", ["cannot read --config"]),
         ("config: other.yaml", ["unknown key 'config'"]),
         ("lr: {a: 1}", ["--lr"]),
@@ -346,21 +357,28 @@ def test_files_of_a_run(trained: Path) -> None:
     assert (args["model"], args["r"], args["num_registers"], args["epochs"]) == ("deit_digits", "2", 2, 1)
     (line,) = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     wanted = ["epoch", "train_loss", "train_ce", "lr", "test_loss", "test_acc1", "test_acc5", "ema_acc1"]
-    assert list(line) == [*wanted, "images_per_s", "seconds"]
+    assert list(line) == [*wanted, "images_per_s", "seconds", "best"]
     assert line["epoch"] == 0 and line["seconds"] > 0 and line["images_per_s"] > 0
     assert 1 < line["train_loss"] < 4 and 0 <= line["test_acc1"] <= line["test_acc5"] <= 100
     state = torch.load(trained / "checkpoint.pth", weights_only=True)
     wanted = ["model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "step", "rng", "sampler", "merge"]
     assert set(wanted) | {"args", "best"} <= state.keys() and (state["epoch"], state["step"]) == (1, 0)
     best = torch.load(trained / "best.pth", weights_only=True)
-    assert best["best"] == line["ema_acc1"] == state["best"]
-    assert differences(best["model"], state["model_ema"]) == []
+    won = {"raw": "model", "average": "model_ema"}[line["best"]]
+    assert best["best"] == max(line["test_acc1"], line["ema_acc1"]) == state["best"] and best["weights"] == line["best"]
+    assert differences(best["model"], state[won]) == []
+    digits_classes = [str(i) for i in range(10)]
+    assert best["data"] == state["data"] and best["data"]["class_names"] == digits_classes
+    assert best["data"]["input_size"] == [16, 16] or best["data"]["input_size"] == [32, 32]
 
 
 def trains(capsys: Capture, folder: Path, *flags: object) -> dict[str, Any]:
     """One epoch of two updates; returns its checkpoint with the log line."""
     succeeds(capsys, digits("--output_dir", folder, *flags, limit=20))
-    (line,) = log_lines(folder)
+    first, *rest = log_lines(folder)
+    assert first["best"] in ("raw", "average")  # the first epoch is the best so far
+    line = rest[-1] if rest else first
+    line.pop("best")
     assert all(math.isfinite(value) for value in line.values())
     return checkpoint(folder) | {"line": line}
 
@@ -378,7 +396,7 @@ def trains(capsys: Capture, folder: Path, *flags: object) -> dict[str, Any]:
         ["--three_augment", "--color_jitter", "0.3"],
         ["--r", "0.35", "--merge", "lgtm", "--dense_layers", "1", "--global_layer", "2"],
         ["--r", "(2,-1)", "--min_tokens", "8"],
-        ["--r", "4", "--r_warmup_epochs", "1"],
+        ["--r", "4", "--epochs", "2", "--r_warmup_epochs", "1"],
         ["--sched", "step", "--opt", "sgd"],
         ["--bce_loss", "--smoothing", "0", "--cutmix", "1"],
         ["--repeated_aug", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25"],
@@ -455,9 +473,9 @@ def test_finetune_says_that_the_head_is_fresh(capsys: Capture, trained: Path, tr
     assert "head is fresh: 10 classes in the checkpoint, 3 in the model" in out
     assert checkpoint(tmp_path)["model"]["head.weight"].shape[0] == 3
     line = refusal(capsys, folder_run(tree, "--eval", "--resume", trained / "best.pth"))
-    assert "10 classes in the checkpoint, 3 in the model" in line and "cannot be evaluated" in line
+    assert "10 in the checkpoint, 3 in the data, class 0 is '0' in the checkpoint and 'a' in the data" in line
     line = refusal(capsys, folder_run(tree, "--eval", "--finetune", trained / "best.pth"))
-    assert "10 classes in the checkpoint, 3 in the model" in line
+    assert "10 in the checkpoint, 3 in the data" in line
 
 
 def test_resume_wins_over_finetune_over_pretrained(capsys: Capture, trained: Path) -> None:
@@ -486,7 +504,7 @@ def test_the_smallest_data_sets(capsys: Capture, tmp_path: Path, train: dict[str
     succeeds(capsys, folder_run(tree, "--output_dir", tmp_path / "run", "--r", 1))
     (line,) = log_lines(tmp_path / "run")
     assert line["test_acc5"] == 100  # over min(5, classes)
-    result = evaluated(capsys, tmp_path / "run", folder_run(tree))
+    result = evaluated(capsys, tmp_path / "run", folder_run(tree, "--eval"))
     assert result["n_images"] == sum(val.values()) and result["rows"][0]["acc5"] == 100
 
 
@@ -560,9 +578,9 @@ def test_unreadable_images_count_as_wrong_and_end_the_run_past_the_limit(capsys:
     argv = folder_run(tree, "--output_dir", tmp_path / "run")
     out = succeeds(capsys, argv)
     assert out.count("unreadable image: ") == 1 and str(tree / "val" / "a" / "0.png") in out
-    result = evaluated(capsys, tmp_path / "run", folder_run(tree), "--agreement")
+    result = evaluated(capsys, tmp_path / "run", folder_run(tree, "--eval"), "--agreement")
     assert result["n_images"] == 4 and result["rows"][0]["acc1"] <= 75 and result["rows"][0]["agree"] == 100
-    line = refusal(capsys, [*argv, "--max_bad_images", "0"], status=1)
+    line = refusal(capsys, [*argv, "--overwrite", "--max_bad_images", "0"], status=1)
     assert "0.png" in line and "--max_bad_images 0" in line
 
 
@@ -575,7 +593,7 @@ def test_a_stop_by_non_finite_losses_names_the_step_and_the_last_good_checkpoint
     succeeds(capsys, first)
     good = tmp_path / "good.pth"
     (tmp_path / "checkpoint.pth").rename(good)
-    line = refusal(capsys, digits(*flags, "--finetune", good, "--epochs", 3), status=1)
+    line = refusal(capsys, digits(*flags, "--overwrite", "--finetune", good, "--epochs", 3), status=1)
     assert "epoch 0" in line and "micro-batch" in line and "--max_nonfinite 1" in line
     assert "last good checkpoint: none" in line
 

@@ -237,13 +237,14 @@ def test_a_wrong_schedule_is_refused_and_changes_nothing(r: Any) -> None:
 
 def test_a_schedule_beyond_what_there_is_warns() -> None:
     model = ours(MergeConfig(r=2))
-    with pytest.warns(UserWarning, match="r=9 is more than some blocks can merge"):
+    with pytest.warns(UserWarning, match="r=9 is more than can merge: 8 of 9 in block 0"):
         model.r = 9
 
 
 def test_repr_shows_method_schedule_and_registers() -> None:
     text = repr(ours(MergeConfig("mctf", 0.3), num_registers=4))
     assert text.splitlines()[1].strip() == "method=mctf, r=0.3, num_registers=4"
+    assert "  method=tome, r=(4,-1), num_registers=0\n" in repr(ours(MergeConfig(r="(4,-1)")))
 
 
 def test_the_schedule_is_read_once_and_no_config_is_built_in_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """Names: ours, timm's, unknown and unsupported ones, weights without a network, torch.hub."""
 
+import argparse
+import itertools
+import json
 import subprocess
 import sys
 import time
@@ -10,12 +13,15 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from tiny import images, randomise
 
 import hubconf
 from models import MergeConfig, MergingViT, UserError, create_model, registry
+from models.export import save_folder
 from models.registry import NAMES, TIMM_NAMES, native_model
 
 PROMISED = {f"deit_{size}{kind}" for size in ("tiny", "small", "base") for kind in ("", "_distilled")}
@@ -160,7 +166,16 @@ def test_unsupported_families_are_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"img_size": -16}, "img_size=-16"),
+        ({"img_size": -16}, "not -16"),
+        ({"img_size": (192, 250)}, r"img_size \(192, 250\) is not a multiple of the patches of 16 pixels"),
+        ({"img_size": "x"}, "number of pixels > 0, or .height, width., not 'x'"),
+        ({"drop_pth_rate": 0.1}, "create_model has no keyword drop_pth_rate; did you mean drop_path_rate"),
+        ({"r": 16}, r"write merge=MergeConfig\(r=...\)"),
+        ({"num_clases": 3}, "did you mean num_classes or no_embed_class"),
+        ({"features_only": True}, r"timm.create_model\('deit_tiny', features_only=True"),
+        ({"pretrained": True, "checkpoint_path": "w.pth"}, "not both"),
+        ({"checkpoint_path": "missing.pth"}, "missing.pth is not a file"),
+        ({"checkpoint_path": __file__}, "cannot read .*test_registry.py: it is damaged"),
         ({"num_heads": 5}, "num_heads=5"),
         ({"num_classes": -1}, "num_classes"),
         ({"num_registers": -1}, "num_registers"),
@@ -174,7 +189,7 @@ def test_unsupported_families_are_named(name: str) -> None:
 def test_bad_options(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named) as caught:
         create_model("deit_tiny", depth=2, **options)
-    one_line(caught)
+    assert "--" not in one_line(caught)
 
 
 # Published weights
@@ -200,8 +215,7 @@ def test_pretrained_without_a_network_is_quick_and_says_what_to_do(name: str) ->
         create_model(name, pretrained=True)
     assert time.monotonic() - start < 10
     message = one_line(caught)
-    assert "--finetune" in message
-    assert "--no_pretrained" in message
+    assert "checkpoint_path=FILE" in message and "pretrained=False" in message and "--" not in message
     assert constants.HF_HUB_OFFLINE is False
 
 
@@ -209,7 +223,135 @@ def test_pretrained_without_a_network_is_quick_and_says_what_to_do(name: str) ->
 def test_pretrained_where_nothing_was_published(name: str) -> None:
     with pytest.raises(UserError, match="no p[a-z]* weights") as caught:
         create_model(name, pretrained=True)
-    assert "--no_pretrained" in one_line(caught)
+    assert "pretrained=False" in one_line(caught)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_hub_names_without_a_network_are_one_line_at_once() -> None:
+    start = time.monotonic()
+    for name in ("hf-hub:timm/vit_tiny_patch16_224.augreg_in21k", "hf_hub:someone/model"):
+        for pretrained in (False, True):
+            with pytest.raises(
+                UserError, match=r"cannot get .* from the Hugging Face hub .*'local-dir:FOLDER'"
+            ) as caught:
+                create_model(name, pretrained=pretrained)
+            one_line(caught)
+    assert time.monotonic() - start < 10
+    with pytest.raises(UserError, match="Use 'hf-hub:timm/vit_tiny' to load"):
+        create_model("timm/vit_tiny")
+    with pytest.raises(UserError, match="Unknown model source 's3'"):
+        create_model("s3:vit_tiny")
+
+
+# Weights of the caller's
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Files of the same model without registers and with three."""
+    folder, registers = tmp_path_factory.mktemp("weights"), ("plain.pth", "registers.safetensors")
+    model = randomise(create_model("deit_tiny", num_registers=3, depth=1, img_size=32))
+    plain = {name: tensor for name, tensor in model.state_dict().items() if name != "reg_token"}
+    torch.save({"model": plain, "args": argparse.Namespace(lr=1)}, folder / registers[0])
+    save_file(model.state_dict(), folder / registers[1])
+    return folder / registers[0], folder / registers[1]
+
+
+TINY: dict[str, Any] = {"depth": 1, "img_size": 32}
+
+
+def test_weights_of_a_file(weights: tuple[Path, Path]) -> None:
+    plain, registers = weights
+    model = create_model("deit_tiny", checkpoint_path=registers, **TINY)
+    stored = load_file(registers)
+    assert model.num_registers == 3
+    assert all(torch.equal(model.state_dict()[name], stored[name]) for name in stored)
+    more = create_model("deit_tiny", num_registers=5, checkpoint_path=str(plain), **TINY)
+    assert torch.equal(more.cls_token, stored["cls_token"]) and more.num_registers == 5
+    assert create_model("deit_tiny", checkpoint_path=plain, **TINY).num_registers == 0
+    assert create_model("deit_tiny", checkpoint_path=plain, num_classes=3, **TINY).head.out_features == 3
+    with pytest.raises(UserError, match="of a model with embed dim 192, deit_digits has 96"):
+        create_model("deit_digits", checkpoint_path=plain)
+    with pytest.raises(UserError, match=r"plain.pth cannot be evaluated as deit_tiny_distilled: distillation token"):
+        create_model("deit_tiny_distilled", checkpoint_path=plain, **TINY)
+
+
+def test_timm_loads_a_file_into_a_model_with_registers(weights: tuple[Path, Path]) -> None:
+    """As any of timm's models: after it is made (checkpoint_path), or as its published weights (an overlay)."""
+    plain, registers = weights
+    stored = load_file(registers)
+    with pytest.warns(UserWarning, match="have no registers: the 4 of the model stay as they are") as caught:
+        model = timm.create_model("deit_tiny", num_registers=4, checkpoint_path=plain, **TINY)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert torch.equal(model.head.weight, stored["head.weight"]) and model.reg_token.std() > 0
+    model = timm.create_model("deit_tiny", num_registers=3, checkpoint_path=str(registers), **TINY)
+    assert torch.equal(model.reg_token, stored["reg_token"])
+    for file, count in itertools.product(weights, (0, 3, 5)):
+        overlay = {"file": str(file)}
+        model = timm.create_model("deit_tiny", True, pretrained_cfg_overlay=overlay, num_registers=count, **TINY)
+        assert torch.equal(model.pos_embed, stored["pos_embed"])
+        kept = min(count, 3) if file is registers else 0
+        assert kept == 0 or torch.equal(model.reg_token[:, :kept], stored["reg_token"][:, :kept])
+    with pytest.raises(UserError, match="wrong.pth"):
+        timm.create_model("deit_tiny", True, pretrained_cfg_overlay={"file": "wrong.pth"}, **TINY)
+
+
+def test_strict_loading_stays_strict_about_everything_but_registers(weights: tuple[Path, Path]) -> None:
+    model, stored = create_model("deit_tiny", num_registers=4, **TINY), load_file(weights[1])
+    with pytest.raises(RuntimeError, match="size mismatch for reg_token"):
+        model.load_state_dict(stored)
+    del stored["reg_token"]
+    with pytest.warns(UserWarning, match="no registers"):
+        assert model.load_state_dict(stored).missing_keys == ["reg_token"]
+    del stored["cls_token"]
+    with pytest.raises(RuntimeError, match="Missing key.*cls_token"):
+        model.load_state_dict(stored)
+
+
+# Saved models
+
+
+def test_a_folder_of_ours_is_a_name(tmp_path: Path) -> None:
+    merge = MergeConfig("mctf", 2, activate_layers=[0])
+    saved = randomise(create_model("deit_digits", num_registers=2, merge=merge, depth=1, num_classes=5)).eval()
+    save_folder(saved, "deit_digits", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["depth"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name = f"local-dir:{tmp_path}"
+    for make in (create_model, timm.create_model):
+        model = make(name, pretrained=True).eval()
+        assert model.merge == merge
+        assert torch.equal(model(images()), saved(images()))
+        assert make(name, pretrained=True, num_classes=3).head.out_features == 3
+    assert not torch.equal(create_model(name).cls_token, saved.cls_token)
+    other = create_model(name, num_registers=4, merge=MergeConfig(r=1), pretrained=True)
+    assert (other.num_registers, other.merge.r) == (4, 1)
+    assert torch.equal(other.reg_token[:, :2], saved.reg_token)
+    assert len(timm.create_model(name, pretrained=True, features_only=True, out_indices=1)(images())) == 1
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "deit_digits", "deit_tiny_patch16_224"])
+def test_a_folder_of_timms_is_a_name(name: str, tmp_path: Path) -> None:
+    """Also of our models: timm writes the arguments that they were made with."""
+    ours: dict[str, Any] = {"num_registers": 2, "merge": MergeConfig(r=2).as_dict()} if name in NAMES else {}
+    saved = randomise(timm.create_model(name, **TINY, **ours)).eval()
+    saved.reset_classifier(7)
+    save_for_hf(saved, tmp_path, safe_serialization=True)
+    model = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert isinstance(model, MergingViT)
+    assert (model.num_registers, model.merge.r) == ((2, 2) if ours else (0, 0))
+    assert torch.equal(model(images()), saved(images()))
+    assert registry.data_settings(f"local-dir:{tmp_path}")["input_size"] == 32
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
+    for content in (None, "no json", '{"architecture": "resnet18"}', '{"architecture": "nobody_has_this"}', "{}"):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError) as caught:
+            create_model(f"local-dir:{tmp_path}", pretrained=True)
+        assert str(tmp_path) in one_line(caught) or "not supported" in one_line(caught)
 
 
 # torch.hub

@@ -209,18 +209,119 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     assert "no checkpoint to resume" in line and "another --output_dir" in line
 
 
-def test_what_step_depends_on_must_stay_within_an_epoch(
+def test_what_the_order_depends_on_must_stay_within_an_epoch(
     capsys: Capture, watch: Watch, tree: Path, tmp_path: Path
 ) -> None:
     argv = random_run(tree, tmp_path, "--resume", "auto")
     assert watch.run(argv, 1, "kill") is None  # a fresh start: nothing was saved
     assert watch.run([*argv, "--save_every_steps", "1", "--accumulation_steps", "1"], 2) == 75
-    for change in (["--batch_size", "2"], ["--accumulation_steps", "2"], ["--seed", "1"], ["--limit", "8"]):
-        line = refusal(capsys, [*argv, "--accumulation_steps", "1", *change])
-        assert "inside an epoch" in line and "->" in line
-    assert watch.run([*argv, "--accumulation_steps", "1", "--epochs", "1"]) == 0
-    ended = run(capsys, [*argv, "--accumulation_steps", "1", "--batch_size", "2"])
-    assert ended.status == 0 and "warning: resumed with batch_size 4 -> 2" in ended.out
+    argv += ["--accumulation_steps", "1"]
+    for change in (["--seed", "1"], ["--limit", "8"], ["--no_repeated_aug"]):
+        line = refusal(capsys, [*argv, *change])
+        assert "inside an epoch" in line and "->" in line and "--resume_anyway" in line
+    ended = run(capsys, [*argv, "--seed", "1", "--resume_anyway"])
+    assert ended.status == 0 and "seed 0 -> 1: the epoch ends here, after 12 images" in ended.out
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1]
+
+
+def plain_run(folder: Path, *flags: object) -> list[str]:
+    """Two epochs of 48 images, in which no process draws anything for itself."""
+    words = [
+        "--reprob",
+        0,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+        "--drop_path",
+        0,
+        "--aa",
+        "none",
+        "--no_repeated_aug",
+        "--lr",
+        1,
+    ]
+    words += [
+        "--lr",
+        1,
+        "--opt",
+        "momentum",
+        "--momentum",
+        0,
+        "--num_workers",
+        0,
+        "--epochs",
+        2,
+        "--output_dir",
+        folder,
+        *flags,
+    ]
+    return digits(*words, limit=48)
+
+
+@pytest.mark.parametrize(
+    "split", [("--batch_size", 4, "--accumulation_steps", 3), ("--batch_size", 6, "--accumulation_steps", 2)]
+)
+def test_another_split_of_the_same_global_batch_goes_on_inside_the_epoch(
+    capsys: Capture, watch: Watch, tmp_path: Path, split: tuple[object, ...]
+) -> None:
+    whole, broken = (plain_run(tmp_path / name, "--batch_size", 12) for name in ("whole", "broken"))
+    assert watch.run(whole) == 0 and watch.run(broken, 1) == 75
+    assert checkpoint(tmp_path / "broken")["step"] == 2
+    capsys.readouterr()
+    assert watch.run([*broken, "--resume", "auto", *map(str, split)]) == 0
+    assert "the same images in the same order, 12 in an update" in capsys.readouterr().out
+    assert watch.updates == 6
+    losses = [[line["train_loss"] for line in log_lines(tmp_path / name)] for name in ("whole", "broken")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "step", "multistep", "poly"])
+def test_the_learning_rate_follows_the_global_batch(capsys: Capture, watch: Watch, tmp_path: Path, sched: str) -> None:
+    flags = ["--epochs", 4, "--warmup_epochs", 3, "--sched", sched, "--decay_epochs", 3, "--min_lr", 0.01]
+    assert watch.run(plain_run(tmp_path / "small", "--batch_size", 8, *flags)) == 0
+    wanted, watch.rates = watch.rates, {}
+    broken = plain_run(tmp_path / "broken", "--resume", "auto", *flags)
+    assert watch.run([*broken, "--batch_size", "16"], 4) == 75
+    watch.rates, _ = {}, capsys.readouterr()
+    assert watch.run([*broken, "--batch_size", "8"]) == 0
+    assert "global batch: 0.03125 -> 0.015625" in capsys.readouterr().out
+    assert watch.rates and all(rates == wanted[epoch] for epoch, rates in watch.rates.items())
+
+
+def test_another_global_batch_goes_on_at_the_next_epoch_or_at_the_same_image(
+    capsys: Capture, watch: Watch, tmp_path: Path
+) -> None:
+    for flags, note, updates in (
+        ([], "24 images of the epoch were done; it ends here", 3),
+        (["--resume_anyway"], "goes on after image 16, update 1 of 3: 8 images are seen again", 5),
+    ):
+        argv = plain_run(tmp_path / str(updates), "--resume", "auto")
+        assert watch.run([*argv, "--batch_size", "12"], 1) == 75
+        assert run(capsys, [*argv, "--batch_size", "16", *flags, "--epochs", "1"]).out.count(note) == 1
+        assert watch.run([*argv, "--batch_size", "16", *flags]) == 0
+        assert [line["epoch"] for line in log_lines(tmp_path / str(updates))] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("epoch", "abc", "its epoch is 'abc'"),
+        ("epoch", 99, "is at epoch 99, past the 2 of this run"),
+        ("step", 3000, "its step is 3000 of 4 micro-batches"),
+        ("step", -1, "its step is -1"),
+        ("rng", {}, "its rng is none"),
+        ("sampler", {}, "its sampler is {}"),
+        ("epoch_log", {"a": 1}, "its epoch_log has ['a']"),
+        ("optimizer", {}, "does not fit these optimizer options"),
+    ],
+)
+def test_an_altered_checkpoint_is_refused_in_one_line(
+    capsys: Capture, unbroken: Path, tree: Path, tmp_path: Path, key: str, value: Any, words: str
+) -> None:
+    state = torch.load(unbroken / "checkpoint.pth", weights_only=True)
+    torch.save(state | {"epoch": 1, key: value}, tmp_path / "altered.pth")
+    assert words in refusal(capsys, random_run(tree, tmp_path / "run", "--resume", tmp_path / "altered.pth"))
 
 
 def test_the_comparison_can_fail(unbroken: Path, tree: Path, tmp_path: Path) -> None:

@@ -334,16 +334,36 @@ def test_default_of_a_method_is_no_error_in_a_shallow_model() -> None:
     assert MergeConfig(method="mctf").active(1) == ()
 
 
-def test_clamping_warns_once_with_the_tokens_of_every_block() -> None:
-    config = MergeConfig(r=16)
-    with pytest.warns(UserWarning, match=r"r=16 .*\[185, 169, .*, 25, 15\]") as caught:
-        warn_if_clamped(config, token_plan(config, 196, DEIT_S_4_REGISTERS))
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (
+            MergeConfig(r=[16] * 12),
+            r"r=16,.* is more than can merge: 10 of 16 in block 11 \(at most half of a block's ",
+        ),
+        (MergeConfig(r=200), "r=200 is more than can merge: 98 of 200 in block 0 "),
+        (MergeConfig(r=0.9, activate_layers=[3, 6]), "r=0.9 is more than can merge: 98 of 176 in block 3 "),
+        (MergeConfig("mctf", [99, 99], min_tokens=150), "51 of 99 in block 1 .*, and min_tokens=150 stay"),
+    ],
+    ids=str,
+)
+def test_what_a_user_did_not_ask_for_is_one_warning_with_the_tokens_of_every_block(
+    config: MergeConfig, named: str
+) -> None:
+    plan = token_plan(config, 196, DEIT_S_4_REGISTERS)
+    with pytest.warns(UserWarning, match=named) as caught:
+        warn_if_clamped(config, plan)
     assert len(caught) == 1
-    assert "\n" not in str(caught[0].message)
+    assert str(caught[0].message).endswith(f"tokens per block: {list(plan.counts)}")
+    assert caught[0].filename == __file__
 
 
-def test_no_warning_without_clamping() -> None:
+STANDARD = [MergeConfig(r=r) for r in (13, 16, 20, "(16,-1)", "(16,1)", 0.35)]
+STANDARD += [MergeConfig("mctf", 20), MergeConfig("lgtm", 16), MergeConfig("pitome", 16), MergeConfig("none")]
+
+
+@pytest.mark.parametrize("config", STANDARD, ids=str)
+def test_tokens_that_run_out_at_the_end_are_no_reason_to_warn(config: MergeConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for config in (MergeConfig(r=13), MergeConfig(r="(16,-1)"), MergeConfig(r=0.35), MergeConfig(method="none")):
-            warn_if_clamped(config, token_plan(config, 196, DEIT_S_4_REGISTERS))
+        warn_if_clamped(config, token_plan(config, 196, DEIT_S_4_REGISTERS))

@@ -128,6 +128,8 @@ def test_dry_run_of_local_and_debug(nowhere: Path, capsys: pytest.CaptureFixture
         ("--ngpus 8 --tasks_per_node 4", "", "one process for each"),
         ("--timeout 1 --signal_delay 60", "", "must be shorter"),
         ("--sbatch --qos=high", "", "--sbatch"),
+        ("--sbatch array=0-1", "", "--sbatch array is refused"),
+        ("--sbatch arr=0-1", "", "--sbatch array is refused"),
         ("--cluster local --partition gpu", "", "--partition has no effect with --cluster local"),
         ("--cluster local --nodes 2", "", "this machine only"),
         ("--cluster debug", "", "one process"),
@@ -239,6 +241,10 @@ def test_the_state_is_asked_again_where_a_signal_ended_squeue(tmp_path: Path, mo
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit.slurm_state("1") == "RUNNING"
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho FAILED; echo RUNNING; echo FAILED")
+    assert submit.slurm_state("1") == "RUNNING"
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho FAILED; echo FAILED")
+    assert submit.slurm_state("1") == "FAILED"
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert submit.slurm_state("1") == "GONE"
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1")
@@ -303,6 +309,90 @@ def test_the_rank_that_broke_is_shown_not_those_that_lost_it(
     assert lines[1:] == ["Traceback", "KeyError: 'x'"]
 
 
+KILLED = """\
+submit.py: start 0
+srun: error: node1: task 0: Segmentation fault
+submit.py: start 1
+srun: error: node2: task 1: Killed
+srun: launch/slurm: _step_signal: Terminating StepId=14.0
+srun: error: node1: task 0: Exited with exit code 1
+"""
+
+
+def test_a_killed_rank_is_to_blame_not_the_one_that_lost_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "checkpoint.pth").touch()
+    (out / "stopped.json").write_text('{"epoch": 2, "step": 7}')
+    followed = submit.Followed(str(out), "python run/submit.py -- --resume auto")
+    lost = "Traceback\nRunError: lost contact with the other processes in a sum"
+    for log, words in ((KILLED, "rank 1 of 2 on node2 was killed (SIGKILL)"), ("", "rank 1 of 2 left no result")):
+        assert submit.wait(ended(tmp_path, {0: lost}, {0: log}), followed=followed) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert words in lines[0] and "memory ran out" in lines[0]
+        assert (
+            f"last good checkpoint: {out / 'checkpoint.pth'}" in lines[1] and "epoch 2 after micro-batch 7" in lines[1]
+        )
+        assert lines[2:] == ["submit.py: go on with: python run/submit.py -- --resume auto"]
+
+
+def test_the_command_to_go_on_names_the_run(tmp_path: Path) -> None:
+    args, main_argv = submit.parse(["--nodes", "2", "--", "--dataset", "DIGITS", "--output_dir", "o", "--overwrite"])
+    main_argv, main_args = submit.complete(main_argv, args)
+    command = submit.followed_job(["--nodes", "2", "--", "x"], main_argv, main_args).command
+    assert command.startswith("python run/submit.py --nodes 2 -- --dataset DIGITS --output_dir o ")
+    assert command.endswith("--resume auto") and "--overwrite" not in command
+
+
+@pytest.mark.parametrize("reason", ["DependencyNeverSatisfied", "(launch failed requeued held)"])
+def test_a_job_that_can_never_start_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    monkeypatch.setattr(submit, "job_state", lambda job: "PENDING")
+    monkeypatch.setattr(submit, "pending_reason", lambda job: reason)
+    assert submit.wait(ended(tmp_path, {}, {})) == 1
+    assert f"waits for ever ({reason})" in capsys.readouterr().err
+
+
+def test_silence_of_slurm_ends_the_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "job_state", lambda job: "UNKNOWN")
+    monkeypatch.setattr(submit, "SILENCE", 0.1)
+    assert submit.wait(ended(tmp_path, {}, {}), poll=0.05) == 1
+    assert "Slurm has not answered" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "state", "times", "requeued"),
+    [
+        (137, "", "RUNNING", 2, 2),
+        (1, "slurmstepd: error: Detected 1 oom-kill event", "RUNNING", 1, 1),
+        (1, "oom-kill\nsubmit.py: start 1\n", "RUNNING", 1, 0),  # of a start before
+        (1, "main.py: error: a mistake", "RUNNING", 1, 0),
+        (0, "", "RUNNING", 1, 0),
+        (143, "", "COMPLETING", 1, 0),  # cancelled
+    ],
+)
+def test_a_killed_process_requeues_the_job(
+    tmp_path: Path, status: int, log: str, state: str, times: int, requeued: int
+) -> None:
+    """The lines in front of srun in the batch script, with a Slurm of shell scripts."""
+    for name, body in (("squeue", f"echo {state}"), ("scontrol", f"echo requeue >> {tmp_path}/asked"), ("sleep", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    flags = ["--requeue_on_failure", str(times), "--job_dir", str(tmp_path), "--dry_run", "--", "--dataset", "DIGITS"]
+    args, main_argv = submit.parse(flags)
+    lines = submit._setup(args, submit.complete(main_argv, args)[1])
+    (tmp_path / "7_0_log.err").write_text(log)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    for _ in range(3):
+        script = "\n".join([*lines, f"(exit {status})"])
+        subprocess.run(["bash", "-c", script], env=environment, check=False, capture_output=True)
+    asked = tmp_path / "asked"
+    assert (asked.read_text().count("requeue") if asked.exists() else 0) == requeued
+
+
 def test_a_long_traceback_is_shown_from_its_beginning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain = [f"  frame {i}" for i in range(2 * submit.TAIL)]
     error = "\n".join(["Traceback (most recent call last):", *chain, "KeyError: 'cause'", "RuntimeError: 'effect'"])
@@ -322,7 +412,7 @@ def test_an_error_that_main_has_explained_is_one_line(tmp_path: Path, capsys: py
 def test_a_job_that_dies_without_a_word_is_not_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "GRACE", 0.1)
+    monkeypatch.setattr(submit, "SETTLE", 0.1)
     assert submit.wait(ended(tmp_path, {}, {0: "slurmstepd: error: Detected 1 oom-kill event"}), poll=0.1) == 1
     error = capsys.readouterr().err
     assert "ended as FINISHED without a result of rank 0" in error and "oom-kill" in error

@@ -83,6 +83,7 @@ POOLS: list[dict[str, Any]] = [
     {"global_pool": "avg", "fc_norm": False},
     {"global_pool": "token", "fc_norm": True},
     {"global_pool": "avg", "pool_include_prefix": True},
+    {"global_pool": ""},
     {"global_pool": "max"},
     {"global_pool": "avgmax"},
     {"global_pool": "map"},
@@ -515,17 +516,18 @@ def test_bad_schedule_as_an_argument() -> None:
         ours(MergeConfig(r=1))(images(), r="x")
 
 
-def test_clamped_schedule_warns_when_the_model_is_built() -> None:
+def test_clamped_schedule_warns_where_it_is_given_and_never_in_a_forward() -> None:
     with pytest.warns(UserWarning, match=r"r=9 .*\[9, 5, 3\]"):
         ours(MergeConfig(r=9))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours(MergeConfig(r=[8, 4, 2]))
-
-
-def test_there_are_no_intermediate_grids() -> None:
-    with pytest.raises(NotImplementedError, match="trace=True"):
-        ours(MergeConfig(r=4)).forward_intermediates(images())
+        model = ours(MergeConfig(r=[8, 4, 2]))
+        model.r = 7
+        model(images(), r=[9, 9, 9])
+    for change in (lambda: setattr(model, "r", (9, 1)), lambda: create_model("deit_digits", merge=MergeConfig(r=40))):
+        with pytest.warns(UserWarning, match="block 0") as caught:
+            change()
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 # Training aids
@@ -680,7 +682,14 @@ def test_hidden_width_is_exact(dim: int, mlp_dim: int) -> None:
         ({"r": "x"}, "cannot read r='x'"),
         ({"r": [1, 1, 1, 1]}, "lists 4 blocks"),
         ({"patch_drop_rate": 0.5}, "drops patches"),
-        ({"global_pool": "", "class_token": True}, "pools by ''"),
+        ({"global_pool": "prr"}, "pools by 'prr'"),
+        ({"image_size": 100}, "image_size 100 is not a multiple of the patches of 8 pixels"),
+        ({"image_size": (32, 30)}, r"image_size \(32, 30\) is not a multiple"),
+        ({"patch_size": 0}, "patch_size must be a number of pixels > 0"),
+        ({"image_size": 32.0}, "image_size must be a number of pixels > 0"),
+        ({"num_register": 2}, "MergingViT has no keyword num_register; did you mean num_registers"),
+        ({"drop_path": 0.1}, "MergingViT has no keyword drop_path; did you mean drop_path_rate"),
+        ({"embed_dim": 24}, "MergingViT has no embed_dim; write dim"),
         ({"attn_layer": "diff"}, "DiffAttention"),
     ],
     ids=str,
@@ -711,7 +720,6 @@ class Subclass(VisionTransformer):
     [
         (lambda: Subclass(**SIZES), "Subclass"),
         (lambda: timm_vit(patch_drop_rate=0.3), "patch_drop_rate"),
-        (lambda: timm_vit(global_pool=""), "pools by ''"),
         (lambda: timm_vit(global_pool="prr"), "pools by 'prr'"),
         (lambda: timm.create_model("test_vit_relpos"), "VisionTransformerRelPos"),
         (lambda: timm.create_model("test_convnext"), "ConvNeXt"),

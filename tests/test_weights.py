@@ -1,4 +1,4 @@
-"""Weights of any origin into our models: models/checkpoint.py."""
+"""Weights of any origin into our models: models/weights.py."""
 
 import argparse
 import math
@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from models import MergeConfig, MergingViT, UserError, apply_merging
-from models.weights import LoadReport, extract_state_dict, load_weights, unwrap_state_dict
+from models.weights import LoadReport, extract_state_dict, load_weights, read_weights, unwrap_state_dict
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
 Weights = dict[str, Tensor]
@@ -367,6 +367,25 @@ def test_positions_that_form_no_grid_are_an_error() -> None:
     assert math.isqrt(13) ** 2 != 13
     with pytest.raises(UserError, match=r"shapes pos_embed \(1, 13, 24\)"):
         load_weights(ours(), weights)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_named_and_refused(value: float) -> None:
+    weights, model = timm_vit().state_dict(), ours(registers=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights["blocks.1.attn.qkv.weight"][3, 5] = weights["norm.bias"][0] = value
+    with pytest.raises(UserError, match=r"w.pth holds NaN or infinite values in blocks.1.attn.qkv.weight, norm.bias;"):
+        load_weights(model, weights, source="w.pth")
+    assert_equal_but(model, before)
+
+
+def test_a_file_with_code_in_it_is_named_and_not_run(tmp_path) -> None:
+    torch.save({"model": timm_vit()}, tmp_path / "whole.pth")
+    with pytest.raises(UserError, match="whole.pth: it holds the Python object timm.*VisionTransformer; give a"):
+        read_weights(tmp_path / "whole.pth")
+    torch.save({"model": timm_vit().state_dict(), "model_ema": ours(registers=2).state_dict()}, tmp_path / "ema.pth")
+    assert "reg_token" not in read_weights(tmp_path / "ema.pth")
+    assert "reg_token" in read_weights(str(tmp_path / "ema.pth"), ema=True)
 
 
 def test_layer_scale_is_not_dropped_silently() -> None:
