@@ -484,7 +484,7 @@ class WorkerFeed:
         try:
             self._check_workers()  # one may have died since the last batch
             yield
-        except (RuntimeError, OSError, MemoryError) as error:
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
             self._fail(error)
         finally:
             if in_main:
@@ -497,13 +497,16 @@ class WorkerFeed:
 
     def _fail(self, error: Exception) -> NoReturn:
         """Raise a LoaderFailure for an error whose cause is known, else the error; the workers are not waited for."""
+        if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):  # its images are fetched from a worker
+            for worker in self.workers:
+                worker.join(0.1)  # which may still be about to end
         codes = [(worker.pid, worker.exitcode) for worker in self.workers if worker.exitcode]
         for worker in self.workers:
             worker.kill()  # a stuck one would not hear any other signal
         if isinstance(error, LoaderFailure):
             raise error
         text = str(error)
-        if codes and "DataLoader worker" in text and "Caught" not in text:
+        if codes and "Caught" not in text:  # an error inside a worker comes with this word, and tells more
             raise LoaderFailure(death_of_a_worker(*codes[0])) from error
         for pattern, words in _LOADER_FAILURES:
             if re.search(pattern, f"{type(error).__name__}: {text}"):
@@ -564,7 +567,7 @@ class TrainLoader:
     def describe(self) -> str:
         """Say in one line what an epoch is."""
         b = self.batches
-        text = f"an epoch is {b.updates} updates of {b.samples // b.updates} images"
+        text = f"an epoch is {b.updates} update{'s' * (b.updates > 1)} of {b.samples // b.updates} images"
         images = min(b.n, -(-b.samples // b.repeats))
         if images < b.n:
             text += f": {images} of {b.n}" + (f", {b.repeats} augmented copies of each" if b.repeats > 1 else "")
@@ -661,6 +664,8 @@ def collate(samples: list[Sample]) -> Batch:
 def _init_worker(_: int) -> None:
     """Give a worker one thread, and let it outlive signals to its process group while the trainer still saves."""
     torch.set_num_threads(1)
+    # a batch's own errors go to the main process; this is for threads that hand over images to one that is gone
+    sys.excepthook = lambda *_: None
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -15,6 +15,7 @@ import re
 import socket
 import tarfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -730,15 +731,18 @@ def _listed_classes(folder: Path) -> tuple[str, ...]:
 
 
 def readable_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return class names in words: an ImageNet code by its first synonym, or all where two share it; others as are."""
+    """Return class names in words: an ImageNet code by its first synonym, any other name as it is.
+
+    Two classes share a first synonym: a maillot is told by all its synonyms, a crane with its code.
+    """
     info = ImageNetInfo()
-    known = set(info.label_names())
-    texts = {name: info.label_name_to_description(name) for name in names if name in known}
-    short = {name: text.split(",")[0] for name, text in texts.items()}
-    taken = list(short.values())
-    return tuple(
-        name if name not in texts else short[name] if taken.count(short[name]) == 1 else texts[name] for name in names
-    )
+    texts = {code: info.label_name_to_description(code) for code in info.label_names()}
+    first = {code: text.split(",")[0] for code, text in texts.items()}
+    words: dict[str, str] = {}
+    for form in ({code: f"{text} ({code})" for code, text in texts.items()}, texts, first):
+        count = Counter(form.values())
+        words |= {code: text for code, text in form.items() if count[text] == 1}
+    return tuple(words.get(name, name) for name in names)
 
 
 def differing_classes(expected: Sequence[str], found: Sequence[str], shown: int = 3) -> str | None:

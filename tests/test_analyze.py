@@ -244,7 +244,7 @@ def test_specs_that_are_none(text: str) -> None:
         (["--data", "PHOTOS"], "no model"),
         (["--models", "TOY", "--model", "deit_tiny", "--data", "PHOTOS"], "either --models or"),
         (["--models", "TOY"], "no images: give --data"),
-        (["--models", "TOY", "--data", "nowhere"], "not a folder"),
+        (["--models", "TOY", "--data", "nowhere"], "--data nowhere does not exist"),
         (["--models", "TOY", "--data", "PHOTOS", "--dataset", "DIGITS"], "not both"),
         (["--models", "TOY", "--data", "PHOTOS", "--epochs", "3"], "--epochs has no effect"),
         (["--models", "TOY", "--data", "PHOTOS", "--layre", "3"], "unknown flag --layre"),

@@ -13,6 +13,7 @@ from PIL import Image
 from test_datasets import SMALL, jpeg, make_args, make_tree, write_image, write_shard
 
 from datasets import build_data, build_eval_loader, build_train_loader
+from engine import UnreadableImages
 from models.errors import UserError
 from sources import decode
 from utils import RunError
@@ -84,6 +85,16 @@ def test_training_stops_when_nothing_is_readable(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no readable image.*jpg") as error:
         list(build_train_loader(args, build_data(args, SMALL), 0, 1).iterate(0))
     assert "\n" not in str(error.value)
+
+
+def test_each_unreadable_image_has_its_number(capsys: pytest.CaptureFixture[str]) -> None:
+    images = UnreadableImages(limit=9)
+    images.report(["b", "a"])
+    images.report(["a", "c"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("so far")[0] for line in lines] == [
+        f"unreadable image: {n} " + f"({i} " for i, n in enumerate("abc", 1)
+    ]
 
 
 def decoded(image: Image.Image, kind: str, **options: object) -> np.ndarray:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import tarfile
 from argparse import Namespace
@@ -24,11 +25,14 @@ from datasets import (
     DataConfig,
     GlobalBatches,
     ImageSet,
+    TrainLoader,
     bad_image_limit,
     build_data,
     build_eval_loader,
     build_train_loader,
     build_transform,
+    fit_batch,
+    number_of_workers,
     seeded,
     unnormalise,
     with_own_preprocessing,
@@ -266,6 +270,9 @@ def test_wds_in_split_folders(tmp_path: Path) -> None:
         assert len(build_data(make_args(dataset="WDS", data_path=str(where)), SMALL).train) == 1
 
 
+LAYOUTS = [(1, 1, 1), (4, 1, 1), (3, 2, 2), (16, 1, 1), (7, 3, 2), (64, 1, 1), (8, 4, 4), (128, 8, 1)]
+
+
 def order_seen(n: int, world: int, rank: int, batch_size: int, **changes: object) -> list[list[tuple[int, int]]]:
     batches = GlobalBatches(n, make_args(batch_size=batch_size, **changes), rank, world)
     batches.epoch = 3
@@ -294,6 +301,102 @@ def test_an_epoch_is_a_permutation_and_epochs_and_seeds_differ() -> None:
     assert batches.order(0).tolist() != batches.order(1).tolist()
     assert batches.order(0).tolist() != GlobalBatches(24, make_args(seed=1), 0, 1).order(0).tolist()
     assert GlobalBatches(26, make_args(), 0, 1).steps == 6  # the last two images are dropped
+
+
+GRID = [(n, b, k, w) for n in (1, 2, 5, 26, 100, 160, 161, 500, 3001) for b, k, w in LAYOUTS]
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_every_image_is_seen_equally_often(repeated: bool) -> None:
+    """In an epoch an image occurs k or k + 1 times (or as many groups of copies), and what it left out comes next."""
+    checked = 0
+    for n, batch_size, accumulation, world in GRID:
+        asked = make_args(batch_size=batch_size, accumulation_steps=accumulation, repeated_aug=repeated)
+        try:
+            args, _ = fit_batch(asked, n, world)
+        except UserError:  # more processes than images
+            continue
+        batches = GlobalBatches(n, args, 0, world)
+        copies, total = batches.repeats, np.zeros(n, dtype=int)
+        cut = batches.samples % copies != 0  # the last image of an epoch then has fewer copies than the others
+        for epoch in range(9):
+            counts = np.bincount(batches.order(epoch), minlength=n)
+            groups = -(-counts // copies)
+            assert counts.sum() == batches.samples and np.ptp(groups) <= 1, (n, batch_size, world, epoch)
+            total += groups
+            assert np.ptp(total) <= 2
+            if (epoch + 1) % batches.turns == 0:
+                assert np.ptp(total) <= 1, (n, batch_size, accumulation, world, epoch)
+            assert (counts % copies != 0).sum() <= cut
+        checked += 1
+    assert checked > 50
+
+
+@pytest.mark.parametrize(("n", "seen_after_three"), [(160, 160), (1200, 1200), (1000, 1000)])
+def test_three_epochs_of_repeated_augmentation_see_all_images(n: int, seen_after_three: int) -> None:
+    batches = GlobalBatches(n, make_args(repeated_aug=True, batch_size=8), 0, 1)
+    orders = [batches.order(epoch) for epoch in range(6)]
+    assert all(len(set(order.tolist())) == -(-n // 3) for order in orders)
+    assert len(set(np.concatenate(orders[:3]).tolist())) == seen_after_three
+    first, second = ({*orders[0].tolist()}, {*orders[3].tolist()})
+    assert 0.1 < len(first & second) / len(first) < 0.6  # the thirds are drawn anew in each cycle
+
+
+def test_an_epoch_of_imagenet_is_as_long_as_deits() -> None:
+    args = make_args(repeated_aug=True, batch_size=128)
+    assert GlobalBatches(1281167, args, 0, 8).updates == 1251
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "accumulation", "world", "becomes"),
+    [
+        (160, 128, 8, 1, (128, 1)),  # the finetuning scripts on a laptop
+        (8, 16, 1000, 1, (8, 1)),
+        (160, 16, 1, 1, (16, 1)),
+        (160, 128, 1, 8, (20, 1)),
+        (100, 64, 1, 2, (50, 1)),
+        (100, 7, 20, 1, (7, 14)),
+        (5, 7, 1, 1, (5, 1)),
+        (5, 8, 1, 1, (4, 1)),  # even, for mixup
+        (1, 8, 1, 1, (2, 1)),
+    ],
+)
+def test_a_batch_fits_the_set(n: int, batch_size: int, accumulation: int, world: int, becomes: tuple[int, int]) -> None:
+    args = make_args(batch_size=batch_size, accumulation_steps=accumulation)
+    fitted, line = fit_batch(args, n, world)
+    assert (fitted.batch_size, fitted.accumulation_steps) == becomes
+    assert (args.batch_size, args.accumulation_steps) == (batch_size, accumulation)
+    if becomes == (batch_size, accumulation):
+        assert line is None and fitted is args
+    else:
+        for number in (batch_size * accumulation * world, n, becomes[0] * becomes[1] * world):
+            assert re.search(rf"\b{number}\b", line)
+
+
+def test_more_processes_than_images_are_refused() -> None:
+    with pytest.raises(UserError, match=r"8 processes .* 5 training images; start at most 2"):
+        fit_batch(make_args(batch_size=16), 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "images", "workers"), [(None, 64, 0), (None, 160, 1), (None, 1000, 7), (None, 10**6, 10), (3, 64, 3)]
+)
+def test_small_sets_get_few_workers(asked: int | None, images: int, workers: int, monkeypatch) -> None:
+    monkeypatch.setattr("datasets._cores", lambda: 64)
+    assert number_of_workers(asked, images) == workers
+    monkeypatch.setattr("datasets._cores", lambda: 2)
+    assert number_of_workers(asked, images) == min(2, workers)
+
+
+def test_an_epoch_is_described() -> None:
+    def words(n: int, **changes: object) -> str:
+        return TrainLoader(GlobalBatches(n, make_args(**changes), 0, 1), None).describe()
+
+    assert words(160, batch_size=16, repeated_aug=True) == (
+        "an epoch is 10 updates of 16 images: 54 of 160, 3 augmented copies of each; 3 epochs see all of them"
+    )
+    assert words(160, batch_size=16) == "an epoch is 10 updates of 16 images"
+    assert words(170, batch_size=16) == "an epoch is 10 updates of 16 images: 160 of 170; the others come in the next"
 
 
 def test_repeated_augmentation_is_deits_sampler() -> None:

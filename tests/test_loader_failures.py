@@ -22,14 +22,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tree(tmp_path_factory.mktemp("tree"), {"a": 12, "b": 12}, {"a": 4, "b": 4})
 
 
-def in_a_worker(
-    monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], split: str = "train", file: str = "7"
-) -> None:
+def in_a_worker(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], place: str = "train/a/7.png") -> None:
     """Let the workers, which are forks of this process, do something when they read one image."""
     read = FileSource.read
 
     def reading(self: FileSource, index: int) -> object:
-        if get_worker_info() is not None and self.name(index).endswith(f"{split}/a/{file}.png"):
+        if get_worker_info() is not None and self.name(index).endswith(place):
             act()
         return read(self, index)
 
@@ -104,7 +102,7 @@ def test_a_worker_that_dies_during_an_update_does_not_interrupt_it(tree: Path) -
 
 
 def test_an_evaluation_tells_it_too(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_a_worker(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL), "val", "1")
+    in_a_worker(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL), "val/a/1.png")
     args = make_args(data_path=str(tree), num_workers=1, eval=True)
     with pytest.raises(LoaderFailure, match="SIGKILL"):
         list(build_eval_loader(args, build_data(args, SMALL).val, 0, 1))
