@@ -16,6 +16,7 @@ from checkpoint import load_checkpoint, load_resume
 from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, with_own_preprocessing
 from distributed import Distributed
 from engine import Precision, build_precision
+from losses import check_merging
 from models import MergingViT, UserError, create_model
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
@@ -316,6 +317,8 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     seed_all(args.seed)  # the same fresh parameters on all ranks
     precision = build_precision(args, dist.device)
     weights = Weights(args, args.model)
+    if not args.eval:
+        _check_weights(args, weights)
     data = _with_stored_classes(build_data(args, build_config(args, weights)), weights, args)
     for note in data.notes:
         log(f"note: {note}")
@@ -324,6 +327,20 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
         weights.check_same_model(model)
     describe(model, weights, data)
     return Prepared(data, weights, model.to(dist.device), fresh, precision)
+
+
+def _check_weights(args: Namespace, weights: Weights) -> None:
+    """Refuse, before the data set is opened, flags that mean nothing for what the weights and --r make of the model."""
+    check_merging(merge_config(args, weights.merge), bool(args.full_weight), args.r_warmup_epochs)
+    tensors = weights.tensors()
+    known = tensors is not None or args.num_registers is not None or weights.name in NAMES
+    registers = args.num_registers if args.num_registers is not None else "reg_token" in (tensors or ())
+    for flag, given in (
+        ("--register_lr_mult", args.register_lr_mult != 1),
+        ("--train_only registers_head", args.train_only == "registers_head"),
+    ):
+        if given and known and not registers:
+            raise UserError(f"{flag} has no effect without registers; give --num_registers 4, for example")
 
 
 def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:

@@ -119,6 +119,6 @@ def fit_probe(features: np.ndarray, targets: np.ndarray, num_classes: int) -> tu
             rows, offsets = np.concatenate((-rows, rows)) / 2, np.concatenate((-offsets, offsets)) / 2
         weight[present] = rows / scale
         bias[present] = offsets - weight[present] @ mean
-        absent = np.setdiff1d(np.arange(num_classes), present)
-        bias[absent] = offsets.min() - 10
+    absent = np.setdiff1d(np.arange(num_classes), present)
+    bias[absent] = (offsets.min() if len(present) > 1 else 0) - 10
     return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()

@@ -17,7 +17,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from distributed import all_reduce_sum
-from models import MergingViT, UserError
+from models import MergeConfig, MergingViT, UserError
 from models.schedule import Inflection, Schedule
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -290,15 +290,27 @@ def build_objective(args: Namespace, teacher: nn.Module | None = None, model: Me
 
 def _check_model(model: MergingViT, passes: TwoPassConfig, warmup_epochs: int) -> None:
     """Refuse what the model, whose merging may come from its checkpoint, makes useless."""
-    option = "--full_weight" if passes.full_weight else "--r_warmup_epochs"
-    if model.merge.method == "none":
-        raise UserError(f"{option} has no effect without merging; give --r or --merge")
-    if warmup_epochs and model.merge.r == 0:
-        raise UserError("--r_warmup_epochs has no effect with r = 0; give --r")
+    check_merging(model.merge, bool(passes.full_weight), warmup_epochs)
     if passes.consistency_weight and model.cls_token is None:
         raise UserError("--consistency_weight compares class tokens, and this model has none; leave it out")
     if passes.full_weight and passes.full_r_max < 1 and isinstance(model.merge.r, tuple):
         raise UserError("--full_r_max below 1 draws a ratio, but --r is a list of counts; give an integer --full_r_max")
+
+
+def check_merging(merge: MergeConfig, full_pass: bool, warmup_epochs: int) -> None:
+    """Refuse objectives that a merging makes useless.
+
+    Args:
+        full_pass: whether there is a pass at a random r'.
+        warmup_epochs: epochs over which r grows.
+    """
+    if not full_pass and not warmup_epochs:
+        return
+    option = "--full_weight" if full_pass else "--r_warmup_epochs"
+    if merge.method == "none":
+        raise UserError(f"{option} has no effect without merging; give --r or --merge")
+    if warmup_epochs and merge.r == 0:
+        raise UserError("--r_warmup_epochs has no effect with r = 0; give --r")
 
 
 def mixes_images(args: Namespace) -> bool:

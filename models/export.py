@@ -7,6 +7,7 @@ known to timm, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` 
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def save_program(program: ExportedProgram, file: Path, metadata: Mapping[str, An
 def load_program(file: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     """Read what `save_program` wrote: a function of images, and the metadata."""
     extra = {"metadata.json": ""}
+    if not zipfile.is_zipfile(file):  # torch.export would log a traceback first
+        raise UserError(f"{file} is not a .pt2 of run/export.py; name a file that it wrote")
     try:
         program = torch.export.load(file, extra_files=extra)
     except Exception as error:  # torch.export has no error class of its own for foreign files

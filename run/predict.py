@@ -17,9 +17,10 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -209,10 +210,10 @@ def csv_of(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def write(place: str, text: str) -> None:
+def write(place: str, text: str, stdout: TextIO) -> None:
     """Write a file whole or not at all; - is the standard output."""
     if place == "-":
-        sys.stdout.write(text)
+        stdout.write(text)
         return
     file = Path(place).expanduser()
     try:
@@ -273,30 +274,37 @@ def run(argv: Sequence[str]) -> int:
     if args.json == args.csv == "-":
         raise UserError("--json - and --csv - cannot both go to the standard output; name a file for one of them")
     find_images(args.images, "IMAGE")  # a mistake in the images is told before a model is loaded
+    piped = "-" in (args.json, args.csv)
+    with redirect_stdout(sys.stderr) if piped else nullcontext(sys.stdout):  # what is piped is the rows alone
+        rows, seconds, source = _run(args, main_argv, piped)
+    speed = len(rows) / seconds
+    print(f"{len(rows)} images in {seconds:.2f} s: {speed:.1f} images/s, decoding included", file=sys.stderr)
+    if args.json:
+        content = {"source": source, "images_per_s": speed, "images": rows}
+        write(args.json, json.dumps(to_jsonable(content), indent=1, allow_nan=False) + "\n", sys.stdout)
+    if args.csv:
+        write(args.csv, csv_of(rows), sys.stdout)
+    return 0
+
+
+def _run(args: Namespace, main_argv: Sequence[str], piped: bool) -> tuple[list[dict[str, Any]], float, str]:
+    """Return the rows, the seconds that they took, and where the model comes from."""
     classifier, main_args = load(main_argv)
     if args.picture and (classifier.model is None or not any(classifier.model.plan().merges)):
         why = "this model merges nothing" if classifier.model else f"{classifier.source} does not show its tokens"
         raise UserError(f"--picture: {why}; give a checkpoint or a folder of a model that merges, or leave it out")
     images = open_images(args.images, main_args, classifier.config, "IMAGE")
-    piped = "-" in (args.json, args.csv)
     began, rows = time.perf_counter(), []
     for row in predict(classifier, images, main_args, args.top):
         rows.append(row)
         if not piped or "error" in row:
-            print(text_of(row), file=sys.stderr if piped else sys.stdout, flush=True)
+            print(text_of(row), flush=True)
     seconds = time.perf_counter() - began
     if all("error" in row for row in rows):
         raise UserError(f"none of the {len(rows)} images can be read; the first is {rows[0]['image']}")
-    speed = len(rows) / seconds
-    print(f"{len(rows)} images in {seconds:.2f} s: {speed:.1f} images/s, decoding included", file=sys.stderr)
-    if args.json:
-        content = {"source": classifier.source, "images_per_s": speed, "images": rows}
-        write(args.json, json.dumps(to_jsonable(content), indent=1, allow_nan=False) + "\n")
-    if args.csv:
-        write(args.csv, csv_of(rows))
     if args.picture:
         draw(classifier, images, args.picture)
-    return 0
+    return rows, seconds, classifier.source
 
 
 def _split(argv: Sequence[str]) -> tuple[Namespace, list[str]]:

@@ -10,7 +10,7 @@ import torch
 from slow import assert_equals_slow, slow_key_groups, slow_window
 from tiny import candidates, images, ours, randomise, with_prefix
 
-from models import MergeConfig, apply_merging, create_model
+from models import MergeConfig, MergingViT, UserError, apply_merging, create_model
 from models.merging import compose, group_map, match_bipartite, merge_sizes, pool_tokens
 from models.methods.lgtm import first_patch, window_of
 
