@@ -191,8 +191,8 @@ def rank_killed(bench: Bench) -> str:
 
 def launcher_terminated(bench: Bench) -> str:
     run = bench.start(bench.new(), "--resume auto").until(r"epoch 1 \[1/")
-    run.hit(signal.SIGTERM).end()
-    assert (run.folder / "stopped.json").exists()
+    ended = run.hit(signal.SIGTERM).end()
+    assert (run.folder / "stopped.json").exists() and "Traceback" not in ended.text
     assert bench.start(run.folder, "--resume auto").end().status == 0
     return f"saved in mid-epoch; {bench.same(run.folder)}"
 
@@ -330,7 +330,7 @@ def bomb(bench: Bench) -> str:
 
 def lone_rank(bench: Bench) -> str:
     environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
-    words = [sys.executable, str(ROOT / "main.py"), *FLAGS.split()]
+    words = [sys.executable, str(ROOT / "main.py"), *FLAGS.split(), "--output_dir", str(bench.new())]
     environment = os.environ | environment | {"REGTOME_DIST_TIMEOUT": "5"}
     began = time.monotonic()
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
