@@ -4,6 +4,7 @@
 happened in one line; it raises AssertionError where that is not what docs/cluster.md promises.
 """
 
+import importlib
 import json
 import os
 import re
@@ -548,9 +549,8 @@ def play_table(folder: Path, sample: bool, slurm: bool) -> int:
         rows += play([fault for fault in FAULTS if fault.sample or not sample], bench)
         if slurm:
             sys.path.insert(0, str(ROOT / "tests"))
-            from _slurm import slurm_cluster
-
-            # Slurm's daemons run as others: the folder must be open to all
+            slurm_cluster = importlib.import_module("_slurm").slurm_cluster
+            # daemons of Slurm look into it: it must be open to all
             place = Path(tempfile.mkdtemp(prefix="regtome-faults-", dir="/tmp"))
             stack.callback(shutil.rmtree, place, ignore_errors=True)
             jobs = Bench(place)
