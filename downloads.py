@@ -32,6 +32,10 @@ class _Broken(OSError):
     """A transfer that ended early, and may be gone on with."""
 
 
+class _TooSlow(OSError):
+    """A transfer that would take for ever."""
+
+
 def is_url(path: str | Path) -> bool:
     return str(path).startswith(("http://", "https://"))
 
@@ -130,6 +134,8 @@ def _download(url: str, part: BinaryIO, target: Path) -> None:
         try:
             _transfer(url, part, version, note)
             break
+        except _TooSlow:
+            raise
         except (OSError, http.client.HTTPException) as error:
             status = getattr(error, "code", None)
             if status == 416:  # the part is longer than the file
@@ -193,5 +199,5 @@ def _copy(response: Any, part: BinaryIO, progress: Callable[[int], Any]) -> None
         seconds = time.monotonic() - began
         if seconds > 60:
             if since / seconds < SLOWEST:
-                raise _Broken(f"the server sends {since / seconds:.0f} bytes a second")
+                raise _TooSlow(f"the server sends {since / seconds:.0f} bytes a second")
             began, since = time.monotonic(), 0

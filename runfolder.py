@@ -254,7 +254,7 @@ class RunLock:
 
     def _beat_on(self) -> None:
         while not self._ended.wait(HEARTBEAT):
-            with suppress(OSError, RunError):  # a file system that is away for a moment
+            with suppress(OSError, RunError, UserError):  # a file system that is away for a moment
                 self._beat()
 
     def _beat(self) -> None:
@@ -275,7 +275,7 @@ class RunLock:
             now: look into the file, and do not trust the last heartbeat.
         """
         if now:
-            with suppress(OSError):
+            with suppress(OSError, UserError):
                 self._beat()
         if self.lost:
             raise RunError(f"{self.lost}; this one ends without saving")
@@ -283,8 +283,9 @@ class RunLock:
     def release(self) -> None:
         self._ended.set()
         self._heart.join()
-        if self._read()[0] == self.holder:
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if self._read()[0] == self.holder:
+                self.path.unlink(missing_ok=True)
 
 
 # The folder
@@ -383,7 +384,6 @@ def claimed(args: Namespace, dist: Distributed) -> Iterator[RunFolder]:
         if dist.is_main:
             try:
                 setup_output(path, True)
-                check_unused(path, args.resume, args.overwrite)
                 lock = RunLock(path)
                 claim = _claim(path, args)
             except UserError as error:
@@ -401,7 +401,7 @@ def _claim(path: Path, args: Namespace) -> RunFolder:
     """Decide how a run starts in a folder that it holds."""
     for stale in path.glob("*.pth.*.tmp"):  # of a save that was killed
         stale.unlink(missing_ok=True)
-    check_unused(path, args.resume, args.overwrite)  # once more: a run may have ended there since
+    check_unused(path, args.resume, args.overwrite)
     found = results_in(path)
     if not found:
         return RunFolder(path, args.resume)

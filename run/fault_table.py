@@ -4,6 +4,7 @@
 happened in one line; it raises AssertionError where that is not what docs/cluster.md promises.
 """
 
+import importlib
 import json
 import os
 import re
@@ -191,8 +192,8 @@ def rank_killed(bench: Bench) -> str:
 
 def launcher_terminated(bench: Bench) -> str:
     run = bench.start(bench.new(), "--resume auto").until(r"epoch 1 \[1/")
-    run.hit(signal.SIGTERM).end()
-    assert (run.folder / "stopped.json").exists()
+    ended = run.hit(signal.SIGTERM).end()
+    assert (run.folder / "stopped.json").exists() and "Traceback" not in ended.text
     assert bench.start(run.folder, "--resume auto").end().status == 0
     return f"saved in mid-epoch; {bench.same(run.folder)}"
 
@@ -330,7 +331,7 @@ def bomb(bench: Bench) -> str:
 
 def lone_rank(bench: Bench) -> str:
     environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
-    words = [sys.executable, str(ROOT / "main.py"), *FLAGS.split()]
+    words = [sys.executable, str(ROOT / "main.py"), *FLAGS.split(), "--output_dir", str(bench.new())]
     environment = os.environ | environment | {"REGTOME_DIST_TIMEOUT": "5"}
     began = time.monotonic()
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
@@ -548,9 +549,8 @@ def play_table(folder: Path, sample: bool, slurm: bool) -> int:
         rows += play([fault for fault in FAULTS if fault.sample or not sample], bench)
         if slurm:
             sys.path.insert(0, str(ROOT / "tests"))
-            from _slurm import slurm_cluster
-
-            # Slurm's daemons run as others: the folder must be open to all
+            slurm_cluster = importlib.import_module("_slurm").slurm_cluster
+            # daemons of Slurm look into it: it must be open to all
             place = Path(tempfile.mkdtemp(prefix="regtome-faults-", dir="/tmp"))
             stack.callback(shutil.rmtree, place, ignore_errors=True)
             jobs = Bench(place)

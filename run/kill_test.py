@@ -157,10 +157,10 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def strike(running: Launch, fault: str, draw: random.Random) -> bool:
+def strike(running: Launch, fault: str, draw: random.Random, latest: float = 0.3) -> bool:
     """Wait for a random moment, then play the fault; returns False if the run ended before.
 
-    One time in six the moment lies anywhere in the start, else within 0.3 s after the first save.
+    One time in six the moment lies anywhere in the start, else within `latest` seconds after the first save.
     """
     started, before = time.monotonic(), running.last_save()
     early = draw.uniform(0, 10) if draw.random() < 1 / 6 else math.inf
@@ -168,7 +168,7 @@ def strike(running: Launch, fault: str, draw: random.Random) -> bool:
         if time.monotonic() - started > PATIENCE:
             raise TimeoutError(f"no checkpoint within {PATIENCE} s; see {running.folder}.txt")
         time.sleep(0.005)
-    time.sleep(0 if early < math.inf else draw.uniform(0, 0.3))
+    time.sleep(0 if early < math.inf else draw.uniform(0, latest))
     if running.process.poll() is not None:
         return False
     target, number = FAULTS[fault]
@@ -273,7 +273,7 @@ def long_run(base: Path, minutes: float, draw: random.Random) -> int:
     folder, unbroken = base / "tortured", base / "unbroken"
     while time.monotonic() - began < 60 * minutes:
         fault = names[counts.total() % len(names)]
-        if not strike(launch(folder, f"{LONG} --epochs 1000000"), fault, draw):
+        if not strike(launch(folder, f"{LONG} --epochs 1000000"), fault, draw, latest=12.0):
             raise RunError(f"the run ended by itself; see {folder}.txt")
         counts[fault] += 1
         if counts.total() % 10 == 0:
@@ -286,6 +286,7 @@ def long_run(base: Path, minutes: float, draw: random.Random) -> int:
         time.sleep(2)
     _check_end(running, 0)
     updates = epochs * checkpoint(unbroken)["sampler"]["micro_batches"]
+    measured = measured[:-2] or measured  # at the very end the process takes itself apart
     print(f"{epochs} epochs, {updates} updates; unbroken, rank 0 holds at its first quarter, half and end:")
     for memory, files in (measured[len(measured) // 4], measured[len(measured) // 2], measured[-1]):
         print(f"  {memory / 2**20:.0f} MiB, {files} files")

@@ -19,6 +19,7 @@ import socket
 import sys
 from argparse import Namespace
 
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.run import get_args_parser, run
 
@@ -44,12 +45,18 @@ def describe(failures: dict[int, ProcessFailure], args: Namespace) -> str:
         lines = [f"{script} failed: {where} was killed by {name}" + (f", {CAUSES[name]}" if name in CAUSES else "")]
     else:
         lines = [f"{script} failed: {where} ended with status {code}; its error is above"]
-    checkpoint = os.path.join(os.path.expanduser(_value(args.training_script_args, "output_dir")), "checkpoint.pth")
-    if code != 2 and os.path.isfile(checkpoint):  # 2: a mistake in the command line
-        again = [] if _value(args.training_script_args, "resume") == "auto" else ["--resume", "auto"]
-        again = [word for word in sys.argv[1:] if word != "--overwrite"] + again
-        lines += [f"last good checkpoint: {checkpoint}", f"go on with: torchrun {shlex.join(again)}"]
+    lines += ways_on(args) if code != 2 else []  # 2: a mistake in the command line
     return "\n".join(f"torchrun: {line}" for line in lines)
+
+
+def ways_on(args: Namespace) -> list[str]:
+    """Name the checkpoint that is left, and the command to go on with."""
+    checkpoint = os.path.join(os.path.expanduser(_value(args.training_script_args, "output_dir")), "checkpoint.pth")
+    if not os.path.isfile(checkpoint):
+        return []
+    again = [] if _value(args.training_script_args, "resume") == "auto" else ["--resume", "auto"]
+    again = [word for word in sys.argv[1:] if word != "--overwrite"] + again
+    return [f"last good checkpoint: {checkpoint}", f"go on with: torchrun {shlex.join(again)}"]
 
 
 def _value(words: list[str], flag: str) -> str:
@@ -69,12 +76,20 @@ def main() -> None:
     parser = get_args_parser()
     parser.allow_abbrev = False
     args = parser.parse_args()
+    if ":" in args.nnodes:
+        # nodes that share their rendezvous' store keep the address of the first round, for which one that joins later
+        # waits in vain; otherwise every round makes a store of its own
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(args)
     except ChildFailedError as error:
         print(describe(error.failures, args), file=sys.stderr, flush=True)
         codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
         sys.exit(codes.pop() if len(codes) == 1 and min(codes, default=0) > 0 else 1)
+    except SignalException as error:
+        lines = [f"stopped by {error.sigval.name}", *ways_on(args)]
+        print("\n".join(f"torchrun: {line}" for line in lines), file=sys.stderr, flush=True)
+        sys.exit(128 + error.sigval)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def test_a_server_that_drips_is_given_up(server: Server, monkeypatch: pytest.Mon
     monkeypatch.setattr(downloads, "CHUNK", 10)
     with pytest.raises(UserError, match="0 bytes a second"):
         checkpoint.load_checkpoint(f"http://{server.address}/c.pth")
+    assert len(server.asked) == 1
 
 
 def test_the_hash_in_a_name_is_compared(server: Server, tmp_path: Path) -> None:

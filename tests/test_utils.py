@@ -81,6 +81,25 @@ def test_signal_asks_for_a_resumable_stop(name):
     assert signal.getsignal(signal.Signals[name]) is before
 
 
+def test_signals_after_a_finished_run_are_ignored_where_the_process_ends_with_it(monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
+    monkeypatch.setattr(utils.StopSignal, "ends_process", True)
+    with utils.StopSignal() as stop:
+        pass
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before  # it was stopped
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    }
+    try:
+        with utils.StopSignal() as stop:
+            stop.finished = True
+        assert {signal.getsignal(number) for number in handlers} == {signal.SIG_IGN}
+        os.kill(os.getpid(), signal.SIGUSR2)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def test_second_interrupt_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), utils.StopSignal() as stop:
