@@ -43,4 +43,4 @@ step "mypy" "$PYTHON" -m mypy
 echo "== pytest"
 if (($#)); then run_tests "$@"; else run_halves; fi
 # a part of the table of faults, with real kills; `run/kill_test.py --all --slurm` plays the whole
-if [ "${CI:-}" = true ] && ! (($#)); then step "faults" timeout 300 "$PYTHON" run/kill_test.py --sample; fi
+if [ "${CI:-}" = true ] && ! (($#)); then step "faults" timeout 900 "$PYTHON" run/kill_test.py --sample; fi
