@@ -340,4 +340,4 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
             for probe in ("linear", "knn")
         }
         out.npz("probes" if len(models) == 1 else f"probes_{loaded.slug}", draws)
-    out.png("probes", draw(results))
+    out.figure("probes", draw(results))

@@ -2,6 +2,7 @@
 
 from . import (
     attention,
+    cka,
     class_probes,
     lost,
     norms,
@@ -15,6 +16,7 @@ from . import (
 # modules with `add_parser(subparsers)`, in the order of --help
 COMMANDS = (
     attention,
+    cka,
     register_dynamics,
     lost,
     norms,

@@ -525,7 +525,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
         if row["corloc"] is not None:
             log(_line(row))
     if args.visualize != "none" and show:
-        out.png(f"lost_{args.visualize}", draw(results, args.visualize))
+        out.figure(f"lost_{args.visualize}", draw(results, args.visualize))
 
 
 def setting_of(args: Namespace) -> LostSetting:

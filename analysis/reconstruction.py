@@ -422,11 +422,11 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     head = {"probe": args.probe, "feat": args.feat, "target": args.target, "outlier_rule": str(rule), "models": rows}
     out.json("reconstruction", head)
     out.npz("reconstruction", {f"{i}/{k}": np.asarray(v) for i, row in enumerate(rows) for k, v in _flat(row).items()})
-    out.png("reconstruction_errors", draw(results))
+    out.figure("reconstruction_errors", draw(results))
     for loaded, result in zip(models, results, strict=True) if args.show > 0 else ():
         images = command.Images(args, loaded, title="pictures", limit=args.show)
         name = "reconstruction_images" + (f"_{loaded.slug}" if len(models) > 1 else "")
-        out.png(name, draw_images(result, reconstruct(loaded.model, images, result), images.pictures))
+        out.figure(name, draw_images(result, reconstruct(loaded.model, images, result), images.pictures))
     for row in rows:
         log(_line(row))
 

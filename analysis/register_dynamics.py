@@ -455,9 +455,9 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     out.json("dynamics", {"rules": args.rules, "rows": rows, "random_keys": simulated})
     alone = {f"{row['label']}/r={row['r']}/{row['rule']}": np.asarray(row["registers_alone"]) for row in rows}
     out.npz("dynamics", alone)
-    out.png("dynamics", draw(results))
+    out.figure("dynamics", draw(results))
     if simulated:
-        out.png("dynamics_random_keys", draw_simulation(simulated))
+        out.figure("dynamics_random_keys", draw_simulation(simulated))
     (out.folder / "dynamics.md").write_text(_table(rows))
     log(_table(rows))
 

@@ -454,7 +454,7 @@ def _run_find(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> No
     log(f"outliers: norm > {found.cut:.2f} after block {args.detection_layer}; neurons of blocks 0..{found.top_layer}")
     out.json("neurons", summarise_neurons(found))
     out.npz("neurons", {"largest": found.table.largest, "norms": found.table.detection})
-    out.png("neurons", draw_neurons(found))
+    out.figure("neurons", draw_neurons(found))
     ranking = found.ranking
     log(f"{ranking.images_with_outliers} of {ranking.images} images have outliers; first: {list(ranking.neurons[:5])}")
 
@@ -513,7 +513,7 @@ def _run_apply(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> N
         "cut": content["cut"],
     }
     out.json("applied", {"top_k": args.top_k[0], "n_images": len(pictures), **largest})
-    out.png("applied", draw_maps(maps, pictures, content["cut"], args.top_k[0]))
+    out.figure("applied", draw_maps(maps, pictures, content["cut"], args.top_k[0]))
 
 
 def _run_eval(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> None:
@@ -539,7 +539,7 @@ def _run_eval(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> No
     rows = summarise(result)
     out.json("ttr", {"cut": content["cut"], "found_on": content["n_images"], "rows": rows})
     out.npz("ttr", {name.replace(" ", "_"): torch.cat(v.largest) for name, v in result.variants.items()})
-    out.png("ttr", draw(result))
+    out.figure("ttr", draw(result))
     for row in rows:
         log(_line(row))
 
