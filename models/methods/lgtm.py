@@ -33,6 +33,10 @@ class LGTM(ToMe):
     local_grid: int = knob(2, "windows per side of the local merge", low=1)
     global_layer: int = knob(7, "first block with a global merge", low=0, is_layer=True)
 
+    def windows(self) -> int:
+        """The windows of the local merge, per side."""
+        return self.local_grid
+
     def amounts(self, count: int, layer: int) -> tuple[int, int]:
         """Windows times ceil(count / windows) locally, and `count` more in blocks with a global merge."""
         windows = self.local_grid**2
