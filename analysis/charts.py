@@ -25,6 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 TOKEN_COLOURS = {"class": "#D55E00", "distillation": "#CC79A7", "registers": "#009E73", "patches": "#0072B2"}
 HEAT, DENSITY = "viridis", "magma_r"
 PANEL, WIDEST = 1.75, 14.0  # inches of a picture, and of a row of them at most
+TITLE_INCH = 0.1  # a letter of a title
 CHARACTERS_PER_INCH, LINE, FOOTER = 18, 0.145, "footer"  # of a footer: width, inches per line, its mark
 Cell = Callable[[Axes], Any]  # draws on its axes
 STYLE: dict[Any, Any] = {
@@ -74,7 +75,8 @@ def new_figure(
         width, height: inches of one of the axes.
         **options: of matplotlib's `Figure.subplots`.
     """
-    figure = Figure(figsize=(columns * width, rows * height + (0.35 if title else 0)), layout="constrained")
+    wide = max(columns * width, 0.2 + TITLE_INCH * len(title or ""))
+    figure = Figure(figsize=(wide, rows * height + (0.35 if title else 0)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -173,7 +175,9 @@ def overlay_cell(
     return draw
 
 
-def draw_box(ax: Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False, inset: int = 0) -> None:
+def draw_box(
+    ax: Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False, inset: int = 0
+) -> None:
     """Draw a box (x1,y1,x2,y2) in pixels with a thin dark rim, so that it shows on any picture.
 
     Args:
@@ -232,7 +236,8 @@ def picture_table(
     side = min(PANEL, WIDEST / width)
     heights = [side * aspect] * len(rows) + ([0.1] if bars else [])
     size = (width * side + (0.9 if captions else 0), sum(heights) + (0.35 if title else 0) + (0.5 if bars else 0) + 0.2)
-    figure = Figure(figsize=(max(size[0], 3.4), size[1]), layout="constrained")
+    wide = max(size[0], 3.4, 0.2 + TITLE_INCH * len(title or ""))
+    figure = Figure(figsize=(wide, size[1]), layout="constrained")
     cells_grid = figure.add_gridspec(len(heights), width, height_ratios=heights)
     for row, cells in enumerate(rows):
         for column in range(len(cells)):
@@ -275,7 +280,16 @@ def footer(figure: Figure, *notes: str) -> None:
     height = figure.get_figheight() + len(added) * LINE + (0.0 if before else 0.1)
     figure.set_figheight(height)
     below = (len(lines + added) * LINE + 0.1) / height
-    figure.text(0.006, below - 0.06 / height, "\n".join(lines + added), fontsize=7.5, color=FAINT, va="top", linespacing=1.25, gid=FOOTER)
+    figure.text(
+        0.006,
+        below - 0.06 / height,
+        "\n".join(lines + added),
+        fontsize=7.5,
+        color=FAINT,
+        va="top",
+        linespacing=1.25,
+        gid=FOOTER,
+    )
     figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))  # type: ignore[union-attr, call-arg]
 
 
@@ -308,7 +322,9 @@ def density(
     """
     shown = np.where(counts > 0, counts, np.nan)
     x = np.arange(len(counts) + 1) - 0.5
-    mesh = ax.pcolormesh(x, edges, shown.T, norm=LogNorm(*(limits or (None, None))), cmap=DENSITY, rasterized=True, alpha=0.9)
+    mesh = ax.pcolormesh(
+        x, edges, shown.T, norm=LogNorm(*(limits or (None, None))), cmap=DENSITY, rasterized=True, alpha=0.9
+    )
     if log_axis:
         plain_log(ax)
     return mesh

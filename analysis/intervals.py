@@ -36,7 +36,7 @@ class Estimate:
 
     Attributes:
         value: NaN where no image contributes.
-        ci95: None where fewer than `LEAST` images contribute.
+        ci95: None where fewer than `LEAST` images contribute, or all of them agree.
         n: images that contribute, which may be fewer than were read.
     """
 
@@ -71,7 +71,9 @@ def estimate(table: np.ndarray, statistic: Statistic, contributes: np.ndarray | 
     value = statistic(table.sum(axis=0)) if len(table) else float("nan")
     if number < LEAST:
         return Estimate(value, None, number)
-    return Estimate(value, middle([statistic(sums) for sums in resample(table)]), number)
+    span = middle([statistic(sums) for sums in resample(table)])
+    # images that all agree: an interval of no width would claim certainty
+    return Estimate(value, None if span is None or span[0] == span[1] else span, number)
 
 
 def mean_over(sums: np.ndarray, counts: np.ndarray) -> Estimate:

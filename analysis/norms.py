@@ -179,7 +179,7 @@ def summarise(result: NormResult, rule: Rule = DEFAULT_RULE, baseline: NormResul
             ratio of the medians ("shared_scaled"), with the difference to it, paired by image; None: the model itself.
     """
     histogram, common = result.judged, yardstick(baseline or result, rule)
-    cuts = {f"own {rule}": rule.cut(histogram) for rule in dict.fromkeys((*RULES, rule))} | common.cuts(histogram)
+    cuts = {str(rule): rule.cut(histogram) for rule in dict.fromkeys((*RULES, rule))} | common.cuts(histogram)
     stages = {
         name: {"patches": patches.summary(), **{token: lengths.summary() for token, lengths in prefix.items()}}
         for name, patches, prefix in zip(result.stages, result.patches, result.prefix, strict=True)

@@ -204,7 +204,9 @@ class GroupCosines:
             registers = [table for key, table in tables.items() if key.startswith(f"{name}-register")]
             if registers:
                 tables[f"{name}-registers"] = np.sum(registers, axis=0)
-        return {key: mean_over(table[:, 0], np.where(table[:, 1] > 0.5, table[:, 1], 0)) for key, table in tables.items()}
+        return {
+            key: mean_over(table[:, 0], np.where(table[:, 1] > 0.5, table[:, 1], 0)) for key, table in tables.items()
+        }
 
     def means(self) -> dict[str, float | None]:
         """Mean cosine over all pairs within images by name, and `X-X across images`; None where there is no pair."""
@@ -432,7 +434,9 @@ def draw(results: SimilarityResult | Sequence[SimilarityResult]) -> Figure:
             rows = _rows(getattr(cosines, kind))
             for y, key in enumerate(keys):
                 _draw_cosine(ax, rows.get(key), y + (index - (len(series) - 1) / 2) * step, colour, name == SCALED)
-            kwargs = dict(marker="s" if name == SCALED else "o", ls="", ms=4.5, mfc="white" if name == SCALED else colour)
+            kwargs = dict(
+                marker="s" if name == SCALED else "o", ls="", ms=4.5, mfc="white" if name == SCALED else colour
+            )
             ax.plot([], [], color=colour, label=f"{label}; {cosines.images_with} images have outliers", **kwargs)
         ax.axvline(0, color=charts.FAINT, lw=0.8)
         ax.set_title(title, fontsize=9)
@@ -442,13 +446,13 @@ def draw(results: SimilarityResult | Sequence[SimilarityResult]) -> Figure:
     axes[0, 0].set_ylim(len(keys) - 0.5, -0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", fontsize=7.5)
-    n = f"n = {results[0].images} images; nothing is drawn that fewer than {LEAST} contribute to; no interval across images."
-    charts.footer(figure, n, _cut_note(results))
+    n = f"n = {results[0].images} images; nothing is drawn that fewer than {LEAST} contribute to; "
+    charts.footer(figure, n + "no interval across images.", _cut_note(results))
     return figure
 
 
 def _rows(group: GroupCosines) -> dict[str, Estimate]:
-    """What `draw` shows: registers in one row, and pairs across images, which have no interval, with the n of theirs."""
+    """What `draw` shows: registers in one row, and pairs across images, which have no interval."""
     within = group.estimates()
     rows = {key: value for key, value in within.items() if not re.search(r"register \d", key)}
     for name, across in group.across.items():
@@ -548,9 +552,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
         images = Images(args, loaded, title=(f"norms of {loaded.label}", f"similarity of {loaded.label}"))
         out.about(images.note)
         common = results[0].yardstick if results else None
-        results.append(
-            measure(loaded.model, images, layer=args.layer, rule=rule, yardstick=common, label=loaded.label)
-        )
+        results.append(measure(loaded.model, images, layer=args.layer, rule=rule, yardstick=common, label=loaded.label))
     rows = [summarise(result) for result in results]
     out.json("similarity", {"outlier_rule": str(rule), "models": rows})
     for loaded, result in zip(models, results, strict=True):

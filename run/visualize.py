@@ -143,7 +143,7 @@ def merged(args: Namespace, main_args: Namespace) -> None:
             raise UserError(f"{file} does not end in {suffix}; name a {suffix} file")
     model, images, config, captions = load(main_args, args.images, args.num_images)
     if not any(model.plan().merges):
-        raise UserError("this model merges nothing, so there is nothing to draw; give --r, for instance --r 16")
+        log("note: this model merges nothing, so every patch stays a token of its own; --r 16 would merge")
     depth = len(model.blocks)
     blocks = args.blocks or merged_tokens.spread_blocks(depth)
     if max(blocks) >= depth:
@@ -151,7 +151,8 @@ def merged(args: Namespace, main_args: Namespace) -> None:
     film = spread(depth, GIF_FRAMES) if args.gif else []
     criteria = {*blocks, *film} if "criteria" in args.views else ()
     shown = unnormalise(images, config)
-    result = merged_tokens.measure(model, images, pictures=shown, captions=captions, criteria=criteria)
+    label = main_args.model
+    result = merged_tokens.measure(model, images, pictures=shown, captions=captions, criteria=criteria, label=label)
     save_picture(merged_tokens.draw(result, args.views, blocks), args.out)
     if args.gif:
         save_gif(list(merged_tokens.draw_frames(result, args.views, film)), args.gif)

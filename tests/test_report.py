@@ -80,7 +80,7 @@ def test_page_holds_everything_and_nothing_else() -> None:
     for shown in (
         "First &lt;b&gt;",
         "x&lt;y",
-        "0.1235",
+        "0.123",
         "no &lt;data&gt;",
         "Title &amp; more",
         "cap &amp; tion",
@@ -96,10 +96,10 @@ def test_small_things() -> None:
     assert [cell_text(v) for v in (None, float("nan"), 0.123456, 12, "x", 1e9)] == [
         "-",
         "-",
-        "0.1235",
+        "0.123",
         "12",
         "x",
-        "1.000e+09",
+        "1.00e+09",
     ]
     assert lookup({"a": {"b": 1}}, "a/b") == 1 and lookup({"a": 1}, "a/b") is None and lookup({}, "x") is None
     assert rounded({1: (0.123456789, "x")}) == {"1": [0.123457, "x"]}
@@ -116,11 +116,11 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_report_on_two_models(toy: list[str], tmp_path: Path) -> None:
     words = ["report", "--models", "deit_digits,label=plain", "deit_digits,registers=2,r=4,label=merged", *toy]
-    sections = ["norms", "merged", "lost", "dynamics", "ttr", "probes", "similarity"]
+    sections = ["norms", "merged", "lost", "dynamics", "ttr", "probes", "similarity", "reconstruction"]
     assert analyze.main([*words, "--sections", *sections, "--show", "2", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.html").read_text()
     page = self_contained(text)
-    assert [section["id"] for section in page.all("section")] == ["models", *sections]
+    assert [section["id"] for section in page.all("section")] == ["summary", "models", *sections]
     pictures = {base64.b64encode(file.read_bytes()).decode() for file in tmp_path.glob("*/*.png")}
     shown = {image["src"].split(",")[1] for image in page.all("img")}
     assert shown == pictures and len(shown) >= 6
@@ -131,7 +131,10 @@ def test_report_on_two_models(toy: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--models", "deit_digits", "deit_digits,r=2", "deit_digits,r=4"], "one or two"),
+        (
+            ["--models", "deit_digits", "deit_digits,r=2", "deit_digits,r=4", "deit_digits,r=3", "deit_digits,r=5"],
+            "one to four",
+        ),
         (["--model", "deit_digits", "--show", "0"], "--show"),
         (["--model", "deit_digits", "--sections", "nothing"], "nothing"),
         (["--model", "nomodel"], "nomodel"),

@@ -127,7 +127,6 @@ def test_class_names_are_readable() -> None:
     ("flags", "reason"),
     [
         ([], "--out"),
-        (["--out", "o.png"], "--r 16"),
         (["--out", "o.png", "--r", "4", "--blocks", "1,3"], "blocks 0..2"),
         (["--out", "o.png", "--r", "4", "--blocks", "x"], "--blocks"),
         (["--out", "o.png", "--r", "4", "--num_images", "0"], "--num_images"),
