@@ -28,7 +28,7 @@ from models.merging import group_map, merge_by_map
 from . import charts
 from .inputs import ImageBatches, as_list, batches, evaluation
 from .intervals import Estimate, mean
-from .walk import Layer, attention, check_layer, in_parts, per_patch, walk
+from .walk import Layer, attention, check_layer, check_patches, in_parts, per_patch, walk
 
 METRICS = ("entropy", "top_patch", "top_2_percent")
 MASSES = ("class", "distillation", "registers", "patches")
@@ -362,22 +362,6 @@ def _map_of_token(summary: Tensor, layer: Layer, token_type: str) -> Tensor:
     return maps[:, present.index(token_type)]
 
 
-def check_patches(
-    model: MergingViT, patches: Sequence[tuple[int, int]] | None, name: str = "patches", label: str = "the model"
-) -> list[tuple[int, int]]:
-    """Return the chosen patches (row, column), three of them where None are chosen.
-
-    Raises:
-        UserError: one of them is not on the model's grid.
-    """
-    rows, columns = model.patch_embed.grid_size
-    chosen = list(patches or [(rows // 2, columns // 2), (rows // 4, columns // 4), (rows - 1, columns - 1)])
-    for row, column in chosen:
-        if row >= rows or column >= columns:
-            raise UserError(f"{name} names {row},{column}, but {label} has {rows} x {columns} patches")
-    return chosen
-
-
 # Figures
 
 TITLES = {
@@ -632,29 +616,16 @@ def draw_compare(maps: Sequence[AttentionMaps], scales: Scales | None = None, ow
 
 def add_parser(subparsers: Any) -> None:
     """Add the command `attention`."""
-    from .command import add_command
+    from .command import add_command, add_patches_flag
 
     text = "attention of class, registers and patches: maps per head, mean, rollout, and their metrics per block"
     parser = add_command(subparsers, "attention", run, text)
     parser.add_argument("--layer", type=int, default=-1, metavar="BLOCK", help="whose maps are drawn (default: last)")
     parser.add_argument("--show", type=int, default=4, metavar="K", help="images drawn")
-    parser.add_argument(
-        "--patches", type=_read_patches, metavar="R,C;R,C", help="rows and columns of patches whose attention is drawn"
-    )
+    add_patches_flag(parser, "whose attention is drawn")
     parser.add_argument(
         "--own_scale", action="store_true", help="a colour scale for each picture (default: one for all and all models)"
     )
-
-
-def _read_patches(text: str) -> list[tuple[int, int]]:
-    """7,7;0,3 -> [(7, 7), (0, 3)]."""
-    pairs = [tuple(int(number) for number in item.split(",")) for item in text.split(";")]
-    if not all(len(pair) == 2 and min(pair) >= 0 for pair in pairs):
-        raise ValueError(text)
-    return [(pair[0], pair[1]) for pair in pairs]
-
-
-_read_patches.__name__ = "list of patches"  # what argparse calls it in its error
 
 
 def run(args: Namespace, main_argv: Sequence[str]) -> None:

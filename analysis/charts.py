@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -88,6 +88,11 @@ def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def rgb_of(index: int) -> tuple[float, float, float]:
+    """`colour_of` as numbers."""
+    return to_rgb(colour_of(index))
+
+
 def token_colour(token_type: str) -> str:
     """The colour of class, distillation, registers (or register 3), patches."""
     return TOKEN_COLOURS["registers" if token_type.startswith("register") else token_type]
@@ -130,6 +135,26 @@ def mark_patch(ax: Axes, patch: tuple[int, int], side: float = 1.0, colour: str 
 def image_cell(image: np.ndarray) -> Cell:
     """A cell of `picture_table`: an image."""
     return lambda ax: show_image(ax, image)
+
+
+def rgb_cell(values: np.ndarray) -> Cell:
+    """A cell of `picture_table`: a map (gh,gw,3) of colours in [0, 1], a square per patch."""
+
+    def draw(ax: Axes) -> None:
+        _bare(ax, "")
+        ax.imshow(values, interpolation="nearest")
+
+    return draw
+
+
+def patch_cell(image: np.ndarray, patch: tuple[int, int], rows: int) -> Cell:
+    """A cell of `picture_table`: an image with one patch of a grid of so many rows outlined."""
+
+    def draw(ax: Axes) -> None:
+        show_image(ax, image)
+        mark_patch(ax, patch, image.shape[0] / rows)
+
+    return draw
 
 
 def map_cell(

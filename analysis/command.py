@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -360,6 +361,23 @@ def labels_fit(args: Namespace, loaded: Loaded) -> bool:
     return classes == loaded.model.num_classes
 
 
+def class_namer(args: Namespace, loaded: Loaded) -> Callable[[int], str]:
+    """The names of the model's classes: of the data set if it has the same ones, ImageNet's for 1000, else numbers."""
+    names: Sequence[str] = ()
+    if getattr(args, "data", None) is None:
+        names = build_data(loaded.args, loaded.config).class_names
+    info = ImageNetInfo() if loaded.model.num_classes == 1000 else None
+    if len(names) != loaded.model.num_classes:
+        names = info.label_names() if info is not None else ()
+
+    def named(index: int) -> str:
+        name = names[index] if index < len(names) else f"class {index}"
+        known = info is not None and name in info.label_names()
+        return info.label_name_to_description(name).split(",")[0] if info is not None and known else name
+
+    return named
+
+
 class Output:
     """The files of one command: --out DIR, and what every json says about the run."""
 
@@ -428,6 +446,23 @@ def _finite(plain: Any) -> Any:
     if isinstance(plain, list):
         return [_finite(value) for value in plain]
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def add_patches_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --patches 7,7;0,3: rows and columns of patches."""
+    text = f"rows and columns of patches {what}, such as '7,7;0,3' (default: three)"
+    parser.add_argument("--patches", type=_read_patches, metavar="R,C;R,C", help=text)
+
+
+def _read_patches(text: str) -> list[tuple[int, int]]:
+    """7,7;0,3 -> [(7, 7), (0, 3)]."""
+    pairs = [tuple(int(number) for number in item.split(",")) for item in text.split(";")]
+    if not all(len(pair) == 2 and min(pair) >= 0 for pair in pairs):
+        raise ValueError(text)
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+_read_patches.__name__ = "list of patches"  # what argparse calls it in its error
 
 
 def add_command(
