@@ -15,6 +15,7 @@ from . import (
     similarity,
     test_time_registers,
     token_fate,
+    training,
 )
 
 # modules with `add_parser(subparsers)`, in the order of --help
@@ -31,6 +32,7 @@ COMMANDS = (
     reconstruction,
     class_probes,
     similarity,
+    training,
     test_time_registers,
     report,
 )

@@ -116,8 +116,8 @@ def draw(results: CosineMaps | Sequence[CosineMaps]) -> Figure:
     columns = ["input", *(f"{result.label}, block {result.layer}" for result in results)]
     bars = [charts.Bar((1, len(results)), limits, "cosine with the outlined patch")]
     means = "; ".join(f"{result.label} {result.mean.mean():.2f}" for result in results)
-    note = f"Features after the final norm. The mean cosine of all pairs of patches of an image, which "
-    note += f"is what a value is to "
+    note = "Features after the final norm. The mean cosine of all pairs of patches of an image, which "
+    note += "is what a value is to "
     note += f"be read against: {means}."
     return charts.picture_table(rows, columns, captions, "Cosine of patch features", note=note, bars=bars)
 

@@ -265,7 +265,7 @@ def draw_classes(result: ChangesResult, named: Named = str, schedule: int = -1) 
     ax.legend(loc="lower right")
     kind = "true" if result.labels is not None else "predicted at r=0"
     note = f"Classes: {kind}; in brackets their images. {left} classes of fewer than {LEAST} images "
-    note += f"are not drawn. Of many "
+    note += "are not drawn. Of many "
     charts.footer(figure, note + "classes the topmost are partly luck: look at the intervals.")
     return figure
 
@@ -312,7 +312,7 @@ def draw_images(
     count = int((result.tops[schedule] != result.tops[0]).sum())
     title = f"{result.label}: the {len(shown)} images that {result.method} r={result.schedules[schedule]} moves most"
     note = f"{count} of n = {result.images} images ({100 * count / result.images:.1f} %) have another "
-    note += f"top-1 than at r=0; these "
+    note += "top-1 than at r=0; these "
     note += "are those of the largest KL, so they are no sample."
     return charts.picture_table(rows, [], None, title, aspect=1.35, note=note)
 

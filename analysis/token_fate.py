@@ -163,7 +163,7 @@ def draw_tree(result: FateResult, image: int = 0) -> Figure:
     _draw_lines(axes[0, 1], result, image)
     tokens = len(np.unique(result.groups[-1, image]))
     note = f"{result.groups.shape[2]} patches on the left, {tokens} tokens on the right. The order "
-    note += f"from top to bottom is that "
+    note += "from top to bottom is that "
     charts.footer(figure, note + "of joining, not of place.")
     return figure
 

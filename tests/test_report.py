@@ -17,8 +17,9 @@ from PIL import Image
 
 import run.analyze as analyze
 from analysis.html import EmbeddedPng, Section, Table, cell_text, render, rounded
-from analysis.log_images import GAP, log_images
+from analysis.log_images import log_images, sheet
 from analysis.report import lookup
+from analysis.walk import walk
 from models import MergeConfig
 from models.registry import OWN_SIZES
 
@@ -178,12 +179,36 @@ def test_logged_pictures(registers: int, merge: MergeConfig | None) -> None:
     log_images(model, images, images.clamp(0, 1), writer, 7)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
-    side, panels = 224, 3 + 1 + registers  # input, merged, norms, and each prefix token's attention
-    assert writer.pictures["pictures"].shape == (3 * side + 2 * GAP, panels * side + (panels - 1) * GAP, 3)
-    assert writer.pictures["pictures"].dtype == np.uint8
+    panels = 3 + 1 + registers  # input, merged, norms, and each prefix token's attention
+    height, width, _ = writer.pictures["pictures"].shape
+    assert width > panels * 224 and height > 3 * 224 and writer.pictures["pictures"].dtype == np.uint8
     left = model.plan().counts[-1] - 1 - registers
     assert writer.histograms["norms/block_2/patches"].shape == (3, left)
     assert len(writer.scalars) == 3 * (1 + registers)
+
+
+def test_the_sheet_has_one_scale_and_titles_that_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny.ours(num_registers=2), tiny.images(2)
+    *_, last = walk(model, images)
+    laid_out = {}
+    monkeypatch.setattr(
+        "analysis.log_images.lay_out",
+        lambda rows, titles, captions, scales, heading: (
+            laid_out.update(rows=rows, titles=titles) or np.zeros((2, 2, 3))
+        ),
+    )
+    sheet(last, images.clamp(0, 1))
+    names = [title for title, _ in laid_out["titles"]]
+    assert names == ["input", "merged", "norms", "class", "register 1", "register 2"]
+    low, high = (float(last.after.x[:, 3:].norm(dim=-1).min()), float(last.after.x[:, 3:].norm(dim=-1).max()))
+    assert laid_out["titles"][2][1] == f"{low:.3g} dark, {high:.3g} bright"
+    colours = {}  # equal values have equal colours in all images
+    for index, row in enumerate(laid_out["rows"]):
+        lengths = last.after.x[index, 3:].norm(dim=-1).view(4, 4)
+        for (r, c), value in np.ndenumerate(lengths.detach().numpy()):
+            colours[float(value)] = row[2][r * 56 + 3, c * 56 + 3].tolist()
+    darkest, brightest = colours[min(colours)], colours[max(colours)]
+    assert sum(brightest) > sum(darkest) and len({tuple(colour) for colour in colours.values()}) > 8
 
 
 def test_training_logs_pictures_every_k_epochs_and_nothing_changes(
