@@ -235,7 +235,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
 
     models = load_models(args, main_argv)
     out = Output(args, main_argv, models)
-    results = []
+    results: list[CkaResult] = []
     for loaded in models:
         images = Images(args, loaded, title=(f"counting images for {loaded.label}", f"layers of {loaded.label}"))
         out.about(images.note)

@@ -105,12 +105,13 @@ def draw(results: CosineMaps | Sequence[CosineMaps]) -> Figure:
     results = as_list(results)
     limits = min(0.0, charts.common_limits([result.maps for result in results])[0]), 1.0
     rows, captions = [], []
+    grid = results[0].maps.shape[2:]
     for index, picture in enumerate(results[0].pictures):
         for query, patch in enumerate(results[0].queries):
-            marked = np.zeros(results[0].maps.shape[2:], dtype=bool)
-            marked[patch] = True
+            marked = np.zeros(grid, dtype=bool)
+            marked[patch[0], patch[1]] = True
             cells = [charts.map_cell(result.maps[index, query], limits, marked) for result in results]
-            rows.append([charts.patch_cell(picture, patch, marked.shape[0]), *cells])
+            rows.append([charts.patch_cell(picture, patch, grid[0]), *cells])
             name = results[0].captions[index] if results[0].captions else f"image {index + 1}"
             captions.append(f"{name} patch {patch[0]},{patch[1]}")
     columns = ["input", *(f"{result.label}, block {result.layer}" for result in results)]

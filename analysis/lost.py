@@ -436,8 +436,8 @@ def draw_corloc(results: LostResult | Sequence[LostResult]) -> Figure:
             value = mean(hits(overlaps)) if overlaps else None
             if value is None or not value.shown:
                 continue
-            span = None if value.ci95 is None else tuple(100 * bound for bound in value.ci95)
-            charts.dots(ax, y + 0.24 * index - 0.12, 100 * value.value, span, charts.colour_of(colour), across=True)
+            ends = None if value.ci95 is None else [100 * bound for bound in value.ci95]
+            charts.dots(ax, y + 0.24 * index - 0.12, 100 * value.value, ends, charts.colour_of(colour), across=True)
             place = dict(textcoords="offset points", va="center", fontsize=7)
             at = 100 * (value.ci95[1] if value.ci95 else value.value)
             ax.annotate(f"{name} {100 * value.value:.1f}", (at, y + 0.24 * index - 0.12), (4, 0), **place)

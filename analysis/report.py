@@ -240,6 +240,22 @@ def _probes_table(content: dict[str, Any]) -> tuple[Table, ...]:
     return (Table(columns, rows, f"{chance}; [95 % over test images]"),)
 
 
+def _changes_table(content: dict[str, Any]) -> tuple[Table, ...]:
+    paths = {
+        "gmacs": "GMACs",
+        "agree*100~": "same top-1 as r=0, %",
+        "acc1*100~": "top-1, %",
+        "acc1_minus_unmerged*100~": "less r=0 (paired)",
+        "kl~": "KL, nats",
+    }
+    rows = tuple(
+        (model["label"], model["method"], row["r"], model["n_images"], *(lookup(row, path) for path in paths))
+        for model in content["models"]
+        for row in model["rows"]
+    )
+    return (Table(("model", "method", "r", "images", *paths.values()), rows, "[95 % over images]"),)
+
+
 def _ttr_table(content: dict[str, Any]) -> tuple[Table, ...]:
     ranked = zip(content["ranked"], content["scores"], content["scores_elsewhere"], content["ratios"], strict=True)
     rows = tuple((f"{block}: {unit}", at, elsewhere, ratio) for (block, unit), at, elsewhere, ratio in ranked)
@@ -385,6 +401,40 @@ CHAPTERS = {
         draws_images=False,
         captions=(("cka_models", "Between models."), ("cka_layers", "Within each model.")),
     ),
+    "pca": Chapter(
+        "PCA of patch features",
+        "Three principal components of the last block's patches as red, green and blue.",
+        "Equal colour is equal direction, in all images and, where components are joint, in all models.",
+        "Three components hold a part of the variance only (in the titles): what looks alike here may differ.",
+        captions=(("pca_foreground", "The foreground alone."), ("pca", "All patches.")),
+        folded=("pca_foreground",),
+    ),
+    "cosine": Chapter(
+        "Cosine maps",
+        "How much every patch resembles a chosen one, on one scale for all models.",
+        "Sharp maps that end at an object's rim: features tell the object apart.",
+        "Under merging all patches of a token resemble each other fully, whatever the model.",
+        captions=(("cosine", "The chosen patch is outlined."),),
+    ),
+    "fate": Chapter(
+        "Token fate",
+        "Where patches went, block by block. Only models that merge are shown.",
+        "Tokens that stay inside of objects: merging follows the image.",
+        "A few images are a look, no measurement; the json has numbers over those drawn.",
+        captions=(("fate_strip", "Chosen patches and all that their tokens stand for."), ("fate_tree", "All patches")),
+    ),
+    "changes": Chapter(
+        "Prediction changes",
+        "Which images and classes decide otherwise under merging, and what accuracy a GMAC buys.",
+        "Agreement and accuracy against GMACs hold for the model and these images, with the intervals given.",
+        "The classes and images that change most are chosen for it: with others they would be others.",
+        tables=_changes_table,
+        captions=(
+            ("changes_gmacs", "Accuracy, or agreement with r = 0, against GMACs."),
+            ("changes_classes", "Classes that change most"),
+            ("changes_images", "Images that change most"),
+        ),
+    ),
     "merged": Chapter(
         "Merged tokens",
         "Every group of patches in its mean colour, after four blocks. Only models that merge are shown.",
@@ -448,7 +498,7 @@ CHAPTERS = {
         ),
     ),
 }
-DEFAULT = ("norms", "attention", "similarity", "merged", "lost", "reconstruction")
+DEFAULT = ("norms", "attention", "similarity", "pca", "merged", "lost", "reconstruction")
 
 
 # lost takes every image whole, at its own size
@@ -559,7 +609,7 @@ def _section(
     raw = {key: value for key, value in content.items() if key != "run"} or None
     pictures = _pictures(chapter, folder, began, models)
     tables = chapter.tables(content) if chapter.tables is not None else ()
-    more = {"raw": raw, "command": command, "may": chapter.may, "may_not": chapter.may_not}
+    more: dict[str, Any] = {"raw": raw, "command": command, "may": chapter.may, "may_not": chapter.may_not}
     return Section(name, chapter.title, chapter.text, tables, pictures[0], more=pictures[1], **more), content
 
 
@@ -611,7 +661,7 @@ def _draw_merged(args: Namespace, models: Sequence["Loaded"], folder: Path) -> N
         chosen = Images(args, loaded, title="merged tokens", limit=args.show)
         images, shown = chosen.load()
         as_tensor = torch.from_numpy(shown).permute(0, 3, 1, 2)
-        options = {"pictures": as_tensor, "captions": chosen.names(), "label": loaded.label}
+        options: dict[str, Any] = {"pictures": as_tensor, "captions": chosen.names(), "label": loaded.label}
         result = merged_tokens.measure(loaded.model, images, **options)
         merged_tokens.draw(result).save(folder / f"merged_{loaded.slug}.png")
 
@@ -631,7 +681,8 @@ def _pictures(
     """
     dated = sorted((file.stat().st_mtime_ns, file) for file in folder.glob("*.png"))
     left = [file for written, file in dated if written >= (began - 1) * 1e9]
-    shown, folded = [], []
+    shown: list[EmbeddedPng] = []
+    folded: list[EmbeddedPng] = []
     labels = {loaded.slug: loaded.label for loaded in models}
     for start, caption in chapter.captions:
         for file in [file for file in left if file.name.startswith(start)]:

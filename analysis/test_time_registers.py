@@ -386,7 +386,7 @@ def draw_neurons(found: FoundNeurons) -> Figure:
     y = np.arange(shown)
     ax.barh(y - 0.2, ranking.scores[:shown], 0.38, color=charts.COLOURS[1], label="at outlier patches")
     ax.barh(y + 0.2, ranking.elsewhere[:shown], 0.38, color=charts.COLOURS[0], label="at other patches")
-    for at, value in zip(y, ranking.ratios[:shown], strict=True):
+    for at, value in enumerate(ranking.ratios[:shown]):
         place = dict(textcoords="offset points", fontsize=6.5, va="center")
         end = max(ranking.scores[at], ranking.elsewhere[at])
         ax.annotate(f"x{value:.1f}", (end, at), (3, 0), **place)  # type: ignore[arg-type]

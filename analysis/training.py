@@ -157,7 +157,7 @@ def save(folder: Path, taken: Snapshot) -> Path:
     content = {part.name: np.asarray(getattr(taken, part.name)) for part in fields(taken)}
     content["pictures"] = (taken.pictures * 255).round().astype(np.uint8)
     with unfinished.open("wb") as stream:
-        np.savez_compressed(stream, **content)
+        np.savez_compressed(stream, **content)  # type: ignore[arg-type]
     os.replace(unfinished, file)
     return file
 
@@ -337,7 +337,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     if args.run_folder is not None:
         if args.model or args.weights or args.models or args.data or main_argv:
             raise UserError("--run needs no model, images or options of main.py: the snapshots are of those of the run")
-        snapshots, models = load(args.run_folder), []
+        snapshots, models = load(args.run_folder), list[Any]()
         out = Output(args, main_argv, [])
         out.about(f"{args.run_folder}: snapshots of {len(snapshots)} epochs, {snapshots[0].images} validation images")
     else:

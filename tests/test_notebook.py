@@ -1,7 +1,9 @@
 """Instruments on a model in memory, as in a notebook: no command line, no files, plain tensors."""
 
+import json
 import re
 import runpy
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,15 @@ import tiny
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from analysis import attention, cka, norms, similarity
+from analysis.commands import COMMANDS
 from analysis.outliers import SCALED, SHARED, Rule, Yardstick
 from models import MergeConfig, UserError
+from run.notebook import code_cells, execute
 
 INSTRUMENTS: tuple[Any, ...] = (norms, attention, similarity)
 
@@ -262,3 +267,20 @@ def test_the_documented_example_runs(repo: Path, tmp_path: Path) -> None:
     file = tmp_path / "example.py"
     file.write_text(textwrap.dedent(example[1]))
     runpy.run_path(str(file), {**names, "loader": [images], "pictures": np.zeros((4, 32, 32, 3))})
+
+
+def test_the_notebook_runs_and_shows_the_lot(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/analysis.ipynb from its first cell to its last, on the digits, in its own folder."""
+    file = repo / "docs" / "analysis.ipynb"
+    notebook = json.loads(file.read_text())
+    assert file.stat().st_size < 500_000
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    text = "".join("".join(cell["source"]) for cell in notebook["cells"])
+    used = {module.__name__.removeprefix("analysis.") for module in COMMANDS} - {"report"}
+    assert not {name for name in used if f"{name}." not in text}  # every instrument is there
+    shown = [value for _, _, value in execute(notebook)]
+    figures = [value for value in shown if isinstance(value, (Figure, Image.Image))]
+    assert len(figures) >= len(used) and len(shown) == len(code_cells(notebook))
+    stored = [cell["outputs"][-1]["data"] for cell in code_cells(notebook) if cell["outputs"]]
+    assert sum("image/png" in data for data in stored) >= len(used)  # made by run/notebook.py
