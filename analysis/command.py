@@ -402,6 +402,8 @@ class Output:
 
     def about(self, data: str) -> None:
         """Say which images it is about, as in `Images.note`."""
+        if data != self.data:
+            log(f"images: {data}")
         self.data = self.run["data"] = data
 
     def json(self, name: str, content: dict[str, Any]) -> None:

@@ -299,16 +299,18 @@ def scaled_cuts(results: Sequence[NormResult], common: Yardstick) -> dict[str, f
 def draw_histogram(results: NormResult | Sequence[NormResult], rule: Rule = DEFAULT_RULE) -> Figure:
     """Draw patch norms of the chosen layer, all models on the same bins, with the shared, scaled and own cuts."""
     results = as_list(results)
-    figure, axes = charts.new_figure(1, 1, 7.0, 3.9)
-    ax, common = axes[0, 0], yardstick(results[0], rule)
+    common = yardstick(results[0], rule)
     cuts = scaled_cuts(results, common)
+    lines = [_above(result, common, cuts[result.label]) for result in results]
+    figure, axes = charts.new_figure(1, 1, max(7.0, 0.5 + 0.062 * max(map(len, lines))), 3.9)
+    ax = axes[0, 0]
     high = max(float(result.at_layer.max()) for result in results)
     high = max([high, common.cut, *cuts.values()])
     edges = np.linspace(0, high * 1.0001 + 1e-9, 121)
     for index, result in enumerate(results):
         colour = charts.colour_of(index)
         share = np.histogram(result.at_layer, edges)[0] / result.at_layer.size
-        ax.stairs(share, edges, color=colour, lw=1.6, label=_above(result, common, cuts[result.label]))
+        ax.stairs(share, edges, color=colour, lw=1.6, label=lines[index])
         ax.stairs(share, edges, color=colour, alpha=0.12, fill=True)
         if index and abs(cuts[result.label] - common.cut) > 1e-6:
             text = f"shared cut scaled by the medians: {cuts[result.label]:.1f}"
@@ -329,8 +331,19 @@ def draw_histogram(results: NormResult | Sequence[NormResult], rule: Rule = DEFA
     ax.set_xlabel("L2 norm")
     ax.set_ylabel("share of patches (log axis)")
     figure.legend(loc="outside upper left", ncols=1)
-    charts.footer(figure, describe_cuts(common, cuts), *beyond)
+    charts.footer(figure, describe_cuts(common, cuts), *beyond, _heaps(results))
     return figure
+
+
+def _heaps(results: Sequence[NormResult]) -> str:
+    """Whether there are two heaps of norms, beside what distributions of one heap give."""
+    found = {result.label: bimodality(result.judged) for result in results}
+    parts = []
+    for name, key in (("variance between two heaps (Otsu)", "otsu_between"), ("Sarle's coefficient", "sarle")):
+        values = ", ".join(f"{row[key]:.2f} in {label}" for label, row in found.items())
+        references = ", ".join(f"{name} {row[key]:.2f}" for name, row in BIMODALITY_REFERENCES.items())
+        parts.append(f"{name} {values} ({references})")
+    return "Two heaps? " + "; ".join(parts)
 
 
 def _above(result: NormResult, common: Yardstick, scaled: float) -> str:

@@ -13,7 +13,9 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from models import UserError
 from options import Parser, exit_status
 from utils import atomic_write, log
 
+SHOWN = "_shown"  # takes the value of a cell's last line
 DPI, COLOURS = 60, 64  # small pictures: a notebook with all instruments stays below 500 kB
 
 
@@ -42,16 +45,17 @@ def execute(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any
     Yields:
         Each cell with what it printed and the value of its last line (None if that is no expression).
     """
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for number, cell in enumerate(code_cells(notebook), start=1):
-        tree = ast.parse("".join(cell["source"]), f"cell {number}")
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        printed, value = io.StringIO(), None
-        with contextlib.redirect_stdout(printed):
-            exec(compile(tree, f"cell {number}", "exec"), names)
-            if last is not None:
-                value = eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)
-        yield cell, printed.getvalue(), value
+    names: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="notebook_") as folder:
+        for number, cell in enumerate(code_cells(notebook), start=1):
+            tree = ast.parse("".join(cell["source"]), f"cell {number}")
+            if tree.body and isinstance(tree.body[-1], ast.Expr):
+                tree.body[-1] = ast.Assign([ast.Name(SHOWN, ast.Store())], tree.body[-1].value)
+            file, printed = Path(folder) / f"cell_{number}.py", io.StringIO()
+            file.write_text(ast.unparse(ast.fix_missing_locations(tree)), encoding="utf-8")
+            with contextlib.redirect_stdout(printed):
+                names = runpy.run_path(str(file), init_globals=names)
+            yield cell, printed.getvalue(), names.pop(SHOWN, None)
 
 
 def outputs(printed: str, value: Any) -> list[dict[str, Any]]:

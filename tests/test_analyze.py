@@ -332,7 +332,7 @@ COMMANDS = re.findall(r"^ +python run/analyze\.py (?!COMMAND)(.+)$", TEXT, re.M)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_commands_parse(command: str) -> None:
     args, main_argv = analyze.build_parser().parse_known_args(shlex.split(command))
-    for spec in program.specs_of(args):
+    for spec in program.specs_of(args) if getattr(args, "run_folder", None) is None else ():
         program.main_args(main_argv, spec)
     assert args.run is not None
 

@@ -1,16 +1,12 @@
 """Reconstruction and class probes: targets, least squares, splits, matching, tokens drawn; notebook and commands."""
 
 import json
-import re
-import runpy
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from test_ttr import planted_model
 
 import run.analyze as analyze
 from analysis import class_probes, intervals, probing, reconstruction
@@ -303,21 +299,6 @@ def test_class_probes_of_two_models_are_on_the_same_images() -> None:
     row = class_probes.summarise(results[1], results[0])["sets"]["all images"]["kinds"]["class"]
     hits = [result.accuracies["all images"]["class"].hits["linear"][0].astype(float) for result in results]
     assert row["linear_minus_baseline"] == pytest.approx((hits[1] - hits[0]).mean())
-
-
-def test_the_documented_example_runs(repo: Path, tmp_path: Path) -> None:
-    text = (repo / "docs" / "registers_and_probes.md").read_text()
-    example = re.search(r"    from analysis import.*?\n(?=\S)", text, re.DOTALL)
-    assert example is not None
-    (tmp_path / "example.py").write_text(textwrap.dedent(example[0]))
-    labels, images = torch.arange(80) // 2 % 2, 0.1 * tiny.images(80)
-    images[torch.arange(80), labels] += 0.5  # two classes
-    for i in range(80):  # one patch of each is an outlier
-        row, column = divmod(i % 16, 4)
-        images[i, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 3.0
-    loader = [(images, labels)]
-    names = {"model": planted_model(), "images": images, "loader": loader}
-    runpy.run_path(str(tmp_path / "example.py"), {**names, "train_loader": loader, "val_loader": loader})
 
 
 # The commands
