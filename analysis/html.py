@@ -12,7 +12,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-WIDE = 3.0  # width over height from which a picture takes the whole width
+WIDE = 3.5  # width over height from which a picture takes the whole width
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -125,7 +125,9 @@ def _table(table: Table) -> str:
 
 
 def _cell(tag: str, value: Any, right: bool) -> str:
-    return f"<{tag}{' class=n' if right else ''}>{escape(cell_text(value))}</{tag}>"
+    text = cell_text(value)
+    kind = " class=n" if right else " class=v" if text.endswith(("]", ")")) and len(text) < 40 else ""
+    return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
 
 def _is_number(value: Any) -> bool:

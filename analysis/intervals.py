@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 LEAST = 5  # images that an interval needs: fewer say nothing about others
-DRAWS = 1000
+DRAWS, TOGETHER = 1000, 50  # draws, and how many are summed at once
 Statistic = Callable[[np.ndarray], float]  # of sums (K,) over images
 
 
 def resample(table: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
     """Yield sums over images drawn with replacement: (I,K) -> `draws` times (K,)."""
-    generator = np.random.default_rng(seed)
-    for _ in range(draws):
-        yield np.bincount(generator.integers(0, len(table), len(table)), minlength=len(table)) @ table
+    generator, images = np.random.default_rng(seed), len(table)
+    table = np.asarray(table, dtype=float)
+    for start in range(0, draws, TOGETHER):
+        drawn = [generator.integers(0, images, images) for _ in range(min(TOGETHER, draws - start))]
+        weights = np.stack([np.bincount(places, minlength=images) for places in drawn]).astype(float)
+        yield from weights @ table
 
 
 def middle(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:

@@ -33,19 +33,21 @@ MOST_MODELS = 4
 def lookup(content: Any, path: str) -> Any:
     """A value deep in nested dictionaries, by a path such as outliers/shared/share; None where it is missing.
 
-    A path that ends in *100 gives the value in %, and one in *100~ or ~ a text with the value's interval and the number
-    of images that it is from, as far as they are there: `1.96 [1.19, 3.04]`.
+    A path that ends in *100 gives the value in %, and one in *100~ or ~ a text with its interval, if it is there:
+    `1.96 [1.19, 3.04]`; ~n adds the number of images that contribute: `1.96 [1.19, 3.04] (n = 30)`.
     """
+    path, tilde, count = path.partition("~")
     path, _, factor = path.partition("*")
-    with_interval = path.endswith("~") or factor.endswith("~")
-    path, scale = path.rstrip("~"), float(factor.rstrip("~") or 1)
+    scale = float(factor or 1)
     *parents, name = path.split("/")
     for key in parents:
         content = content.get(key) if isinstance(content, dict) else None
     if not isinstance(content, dict) or name not in content:
         return None
-    if with_interval:
-        return _with_interval(content, name, scale)
+    if tilde:
+        number = content.get(f"{name}_n") if count else None
+        text = _with_interval(content, name, scale)
+        return text if text is None or number is None or text.endswith(")") else f"{text} (n = {number})"
     value = content[name]
     return value if value is None or scale == 1 else value * scale
 
@@ -267,31 +269,31 @@ def _ttr_table(content: dict[str, Any]) -> tuple[Table, ...]:
 
 # The table at the top of the page: section, what, path in a model's row, a reference to read it by
 SUMMARY = (
-    ("norms", "patches above the shared cut, %", f"outliers/{SHARED}/share*100~", ""),
+    ("norms", "patches above the shared cut, %", f"outliers/{SHARED}/share*100~n", ""),
     (
         "norms",
         "patches above the cut scaled by the medians, %",
-        f"outliers/{SCALED}/share*100~",
+        f"outliers/{SCALED}/share*100~n",
         "shared cut alone misleads",
     ),
     ("norms", "variance between two heaps of norms", "bimodality/otsu_between", "normal 0.637, uniform 0.75"),
     (
         "similarity",
         "outliers resemble their neighbours more: AUC, scaled cut",
-        f"{SCALED}/neighbours/auc~",
+        f"{SCALED}/neighbours/auc~n",
         "no difference: 0.5",
     ),
-    ("lost", "CorLoc of LOST, %", "corloc*100~", ""),
-    ("lost", "CorLoc of the whole image as the box, %", "whole_image*100~", "what LOST must beat"),
-    ("reconstruction", "MSE of outlier / normal patches, scaled cut", f"{SCALED}/mse/ratio~", "no difference: 1"),
+    ("lost", "CorLoc of LOST, %", "corloc*100~n", ""),
+    ("lost", "CorLoc of the whole image as the box, %", "whole_image*100~n", "what LOST must beat"),
+    ("reconstruction", "MSE of outlier / normal patches, scaled cut", f"{SCALED}/mse/ratio~n", "no difference: 1"),
     (
         "reconstruction",
         "the same against patches of like contrast",
-        f"{SCALED}/matched/contrast/ratio~",
+        f"{SCALED}/matched/contrast/ratio~n",
         "no difference: 1",
     ),
-    ("probes", "class from the class token, linear, %", "sets/all images/kinds/class/linear*100~", ""),
-    ("probes", "class from a random normal patch, linear, %", "sets/all images/kinds/normal patch/linear*100~", ""),
+    ("probes", "class from the class token, linear, %", "sets/all images/kinds/class/linear*100~n", ""),
+    ("probes", "class from a random normal patch, linear, %", "sets/all images/kinds/normal patch/linear*100~n", ""),
 )
 
 
@@ -306,7 +308,7 @@ def _summary(contents: Mapping[str, dict[str, Any]], labels: Sequence[str]) -> S
     if not rows:
         return None
     table = Table(
-        ("section", "what", *labels, "to read it by"), tuple(rows), "[95 % over images]; n is in the sections"
+        ("section", "what", *labels, "to read it by"), tuple(rows), "[95 % over images]; n: images that contribute"
     )
     may_not = "Intervals hold for these images and these weights: another training run may differ by more."
     return Section("summary", "Summary", "The main number of every section.", (table,), may_not=may_not)
@@ -407,7 +409,6 @@ CHAPTERS = {
         "Equal colour is equal direction, in all images and, where components are joint, in all models.",
         "Three components hold a part of the variance only (in the titles): what looks alike here may differ.",
         captions=(("pca_foreground", "The foreground alone."), ("pca", "All patches.")),
-        folded=("pca_foreground",),
     ),
     "cosine": Chapter(
         "Cosine maps",

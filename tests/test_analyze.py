@@ -133,7 +133,7 @@ def test_norms_are_those_of_the_model(toy: str, photos: Path, tmp_path: Path) ->
 
 def test_attention_with_merging_and_at_another_size(toy: str, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--r", "9", "--input_size", "40", "--show", "2", "--patches", "0,0;9,9", "--batch_size", "3"]
+    flags = ["--r", "9", "--input_size", "40", "--show", "1", "--patches", "0,0;9,9", "--batch_size", "3"]
     content = analyse("attention", out, "--models", f"{toy},label=a", f"{toy},r=0,label=b", "--data", photos, *flags)
     table = content["models"][0]["per_block"]
     assert list(table) == ["class", "register 1", "register 2", "mean of patches"]
@@ -143,9 +143,9 @@ def test_attention_with_merging_and_at_another_size(toy: str, photos: Path, tmp_
         np.testing.assert_allclose(masses.sum(axis=0), 1, atol=1e-5)
         assert (np.array(metrics["entropy"]) <= 1 + 1e-6).all()
     arrays = np.load(out / "attention_a.npz")
-    assert arrays["maps"].shape == (2, 3, 4, 10, 10)
-    assert arrays["patch_maps"].shape == (2, 3, 2, 10, 10)
-    assert arrays["layer_maps"].shape == (2, 3, 4, 10, 10)
+    assert arrays["maps"].shape == (1, 3, 4, 10, 10)
+    assert arrays["patch_maps"].shape == (1, 3, 2, 10, 10)
+    assert arrays["layer_maps"].shape == (1, 3, 4, 10, 10)
     assert (out / "attention_compare.png").is_file() and (out / "attention_heads_b.png").is_file()
 
 
@@ -188,13 +188,14 @@ def test_one_yardstick_for_all_models(toy: str, tmp_path: Path) -> None:
     flags = ["--models", f"{toy},label=a", f"{toy},r=9,label=b", "--dataset", "DIGITS", "--limit", "12"]
     cuts = set()
     for command in ("norms", "similarity"):
-        content = analyse(command, tmp_path / command, *flags)
+        show = ["--show", "0"] if command == "norms" else []
+        content = analyse(command, tmp_path / command, *flags, *show)
         cuts |= {row["outlier_cut"]["cut"] for row in content["models"]}
         assert {row["outlier_cut"]["of"] for row in content["models"]} == {"a"}
     assert len(cuts) == 1
     norms = json.loads((tmp_path / "norms" / "norms.json").read_text())["models"][1]["outliers"]
     assert norms["shared"]["share"] != norms["quantile:0.98"]["share"]
-    content = analyse("reconstruction", tmp_path / "rec", *flags, "--epochs", "1")
+    content = analyse("reconstruction", tmp_path / "rec", *flags, "--epochs", "1", "--show", "0")
     one, two = content["models"]
     assert one["outlier_cut"] == two["outlier_cut"] and one["shared"]["cut"] == two["shared"]["cut"]
     assert two["shared_scaled"]["cut"] != two["shared"]["cut"]

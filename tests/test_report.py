@@ -127,6 +127,36 @@ def test_report_on_two_models(toy: list[str], tmp_path: Path) -> None:
     assert shown == pictures and len(shown) >= 6
     assert "Not shown: " in text and "--limit" in text  # lost has no images of DIGITS; that does not end the report
     assert "unprotected" in text
+    summary = text[text.index('id="summary"') : text.index('id="models"')]
+    assert "patches above the cut scaled by the medians" in summary and "(n = 16)" in summary
+    assert "a normal distribution" in text and "0.637" in text  # bimodality beside its references
+    assert text.count("<p class=may>") >= 6
+
+
+def test_a_number_with_its_interval_and_n() -> None:
+    row = {"a": {"x": 0.0196, "x_ci95": [0.0119, 0.0304], "x_n": 30}, "b": {"x": 0.09, "x_ci95": None, "x_n": 1}}
+    assert lookup(row, "a/x*100~") == "1.96 [1.19, 3.04]" and lookup(row, "a/x*100~n") == "1.96 [1.19, 3.04] (n = 30)"
+    assert lookup(row, "b/x~n") == "too few images (n = 1)" and lookup(row, "a/x*100") == pytest.approx(1.96)
+    assert lookup(row, "a/y~") is None
+
+
+def test_progress_over_all_sections_is_told(toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "report",
+        "--model",
+        "deit_digits",
+        "--sections",
+        "cka",
+        "pca",
+        *toy,
+        "--show",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert analyze.main(words) == 0
+    out = capsys.readouterr().out
+    assert "section 1 of 2, cka" in out and re.search(r"section 2 of 2, pca \(0:\d\d:\d\d so far, about 0:", out)
 
 
 @pytest.mark.parametrize(
