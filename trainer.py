@@ -353,7 +353,8 @@ class Trainer:
         val = self.data.val
         images = torch.stack([val[i].image for i in range(0, len(val), math.ceil(len(val) / 4))])
         pictures = unnormalise(images, self.data.config)
-        log_images(self.module, images.to(self.dist.device), pictures, self.writer, self.epoch)
+        folder = self.folder if self.dist.is_main else None
+        log_images(self.module, images.to(self.dist.device), pictures, self.writer, self.epoch, folder)
         self.writer.flush()
 
 

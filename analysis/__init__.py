@@ -14,5 +14,10 @@ others and writes files. Importing an instrument needs the core and matplotlib o
 (flags, data sets, loading of weights) is in `command`, which is imported inside `add_parser` and `run`.
 A new instrument is a new module and a line in `commands`.
 
-Shared: `walk` (a model block by block), `outliers`, `charts` (the style of all figures), `inputs`.
+Models are compared on the same images. Where outliers matter, `measure` takes the `yardstick` of the first model's
+result, so that all are judged by one cut. Numbers have intervals over images (`intervals`), none below five images;
+figures of several models have one colour scale, and say n.
+
+Shared: `walk` (a model block by block), `outliers` (the yardstick), `intervals`, `charts` (the style of all figures),
+`inputs`. docs/analysis.ipynb shows the lot.
 """

@@ -7,7 +7,7 @@
 
 Command: run/analyze.py attention. Shapes: B batch, N tokens, M tokens after a merge, P prefix tokens, n patches at the
 input, T types of tokens (prefix tokens, then the mean patch), H heads, L blocks, Q chosen patches, K images that are
-drawn, (gh,gw) the patch grid.
+drawn, I images, (gh,gw) the patch grid.
 """
 
 from argparse import Namespace
@@ -27,13 +27,15 @@ from models.merging import group_map, merge_by_map
 
 from . import charts
 from .inputs import ImageBatches, as_list, batches, evaluation
-from .walk import Layer, attention, check_layer, in_parts, per_patch, walk
+from .intervals import Estimate, mean
+from .walk import Layer, attention, check_layer, check_patches, in_parts, per_patch, walk
 
 METRICS = ("entropy", "top_patch", "top_2_percent")
 MASSES = ("class", "distillation", "registers", "patches")
-ALL_PATCHES = "mean of patches"
-MOST_COLUMNS = 16
+ALL_PATCHES = "mean of patches"  # of metrics the average over patches; of maps the averaged one
+MOST_COLUMNS, MOST_ROWS = 16, 12
 CLIP = 0.98  # quantile at which the colours end: a few patches may hold most of the attention and hide the rest
+UNIT = "attention to a patch (1: an even share of all patches)"
 
 Tables = dict[str, dict[str, np.ndarray]]  # by token type and metric
 
@@ -75,9 +77,27 @@ def spread_metrics(maps: Tensor) -> dict[str, Tensor]:
     share = flat / flat.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     patches = share.shape[-1]
     entropy = -torch.special.xlogy(share, share).sum(dim=-1) / np.log(max(2, patches))
-    strongest = share.sort(dim=-1, descending=True).values
-    few = max(1, round(0.02 * patches))
-    return {"entropy": entropy, "top_patch": strongest[..., 0], "top_2_percent": strongest[..., :few].sum(dim=-1)}
+    strongest = share.topk(max(1, round(0.02 * patches)), dim=-1).values
+    return {"entropy": entropy, "top_patch": strongest[..., 0], "top_2_percent": strongest.sum(dim=-1)}
+
+
+def all_metrics(maps: Tensor, layer: Layer) -> dict[str, Tensor]:
+    """All metrics of a block's maps (B,H,N,N): of every prefix token, and last the average over patches: (B,H,P+1).
+
+    The average is that of the patches' own metrics, a merged token counting once per patch. The entropy of the averaged
+    map is another thing: patches that all look at their own neighbourhood have an even map on average.
+    """
+    prefix = layer.num_prefix_tokens
+    size = layer.before.size[:, prefix:]
+    weight = size / size.sum(dim=1, keepdim=True)
+    rows = {**spread_metrics(per_patch(maps, layer)), **mass_by_token_type(maps, layer)}
+    return {
+        name: torch.cat(
+            (values[..., :prefix], torch.einsum("bhn,bn->bh", values[..., prefix:], weight.to(values)).unsqueeze(-1)),
+            dim=-1,
+        )
+        for name, values in rows.items()
+    }
 
 
 class Rollout:
@@ -132,26 +152,41 @@ def _insert_zeros(x: Tensor, dim: int, index: int) -> Tensor:
 
 @dataclass
 class AttentionResult:
-    """Metrics of one model's attention, summed over images.
+    """Metrics of one model's attention over images.
 
     Attributes:
         label: the model's name in figures.
         token_types: names of the prefix tokens.
         images: number of images.
         sums: by type of token ("mean of patches" too) and metric, (L,H); NaN in blocks where the token is not present.
+        per_image: the same, mean over heads, per batch (B,L).
     """
 
     label: str
     token_types: tuple[str, ...]
     images: int = 0
     sums: Tables = field(default_factory=dict)
+    per_image: dict[str, dict[str, list[np.ndarray]]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Types of tokens, the class token first where there is one."""
+        return (*self.token_types, ALL_PATCHES)
 
     def means(self) -> Tables:
-        """Means over the images: by type of token, the class token first where there is one, and metric, (L,H)."""
+        """Means over the images: by type of token and metric, (L,H)."""
         return {
             token_type: {name: table / self.images for name, table in self.sums[token_type].items()}
-            for token_type in (*self.token_types, ALL_PATCHES)
+            for token_type in self.names
         }
+
+    def of_images(self, token_type: str, metric: str) -> np.ndarray:
+        """A metric of each image, mean over heads: (I,L)."""
+        return np.concatenate(self.per_image[token_type][metric])
+
+    def estimates(self, token_type: str, metric: str) -> list[Estimate]:
+        """A metric in every block, mean over heads and images, with its interval over images."""
+        return [mean(column) for column in self.of_images(token_type, metric).T]
 
 
 @torch.no_grad()
@@ -171,33 +206,46 @@ def measure(model: VisionTransformer, images: ImageBatches, *, label: str = "mod
         for batch in batches(images, model):
             for part in in_parts(model, batch):
                 for layer in walk(model, part):
-                    _add_rows(result, layer, summary_rows(attention(layer), layer), shape)
+                    _add_metrics(result, layer, all_metrics(attention(layer), layer), shape, len(part))
                 result.images += len(part)
     if not result.images:
         raise UserError("none of the images can be read")
     return result
 
 
-def _add_rows(result: AttentionResult, layer: Layer, rows: Tensor, shape: tuple[int, int]) -> None:
-    """Add the metrics of rows (B,H,P+1,N): the prefix tokens', and last the mean patch's."""
-    metrics = {**spread_metrics(per_patch(rows, layer)), **mass_by_token_type(rows, layer)}
+def _add_metrics(
+    result: AttentionResult, layer: Layer, metrics: dict[str, Tensor], shape: tuple[int, int], images: int
+) -> None:
+    """Add the metrics (B,H,P+1) of a block."""
     for name, values in metrics.items():
-        total = values.sum(dim=0).double().cpu().numpy()  # (H,P+1)
+        plain = values.double().cpu().numpy()
         for index, token_type in enumerate((*layer.token_types, ALL_PATCHES)):
             table = result.sums.setdefault(token_type, {}).setdefault(name, np.full(shape, np.nan))
-            table[layer.index] = np.nan_to_num(table[layer.index]) + total[:, index]
+            table[layer.index] = np.nan_to_num(table[layer.index]) + plain[:, :, index].sum(axis=0)
+            rows = result.per_image.setdefault(token_type, {}).setdefault(name, [])
+            if sum(map(len, rows)) <= result.images:  # the first block with this token: a place for all blocks
+                rows.append(np.full((images, shape[0]), np.nan))
+            rows[-1][:, layer.index] = plain[:, :, index].mean(axis=1)
 
 
 def summarise(result: AttentionResult) -> dict[str, Any]:
-    """Metrics per block, averaged over heads; None in blocks where the token is not present."""
-    per_block = {
-        token_type: {
-            name: [None if np.isnan(value) else float(value) for value in values.mean(axis=1)]
-            for name, values in table.items()
-        }
-        for token_type, table in result.means().items()
+    """Metrics per block, averaged over heads, with intervals over images; None in blocks without the token."""
+
+    def listed(values: np.ndarray) -> list[float | None]:
+        return [None if np.isnan(value) else float(value) for value in values.mean(axis=1)]
+
+    means = result.means()
+    return {
+        "label": result.label,
+        "n_images": result.images,
+        "per_block": {
+            token: {name: listed(values) for name, values in table.items()} for token, table in means.items()
+        },
+        "per_block_ci95": {
+            token: {name: [value.ci95 for value in result.estimates(token, name)] for name in table}
+            for token, table in means.items()
+        },
     }
-    return {"label": result.label, "n_images": result.images, "per_block": per_block}
 
 
 # Maps of a few images
@@ -216,7 +264,8 @@ class AttentionMaps:
         rows: (K,H,T,gh,gw) where prefix tokens and the mean patch look.
         patches: (K,H,Q,gh,gw) where the chosen patches look.
         rollout: (K,gh,gw), see `Rollout`.
-        layers: (K,L,gh,gw) where the model's first token looks in every block, mean over heads; NaN before it enters.
+        layers: (K,L,T,gh,gw) where they look in every block, mean over heads; NaN before a token enters.
+        captions: names of the images.
     """
 
     label: str
@@ -228,6 +277,7 @@ class AttentionMaps:
     patches: np.ndarray
     rollout: np.ndarray
     layers: np.ndarray
+    captions: list[str] = field(default_factory=list)
 
     @property
     def mean(self) -> np.ndarray:
@@ -235,9 +285,19 @@ class AttentionMaps:
         return self.rows.mean(axis=1)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The T types of tokens."""
+        return (*self.token_types, ALL_PATCHES)
+
+    @property
+    def even(self) -> int:
+        """The number of patches: a map times it is 1 where attention is spread evenly."""
+        return self.rows.shape[-1] * self.rows.shape[-2]
+
+    @property
     def first(self) -> str:
         """The token whose map comes first: the class token, or the mean patch where there is no prefix."""
-        return (*self.token_types, ALL_PATCHES)[0]
+        return self.names[0]
 
 
 @torch.no_grad()
@@ -248,6 +308,7 @@ def attention_maps(
     *,
     layer: int = -1,
     patches: Sequence[tuple[int, int]] | None = None,
+    captions: Sequence[str] = (),
     label: str = "model",
 ) -> AttentionMaps:
     """Take the attention maps of a few images.
@@ -258,6 +319,7 @@ def attention_maps(
         pictures: (K,H,W,3) the same in [0, 1].
         layer: block of the maps; -1 is the last.
         patches: chosen patches (row, column); None: three of them.
+        captions: names of the images.
 
     Raises:
         UserError: no such layer or patch.
@@ -270,7 +332,7 @@ def attention_maps(
         ]
         types = model.token_types(index)
     rows, patch_maps, rollout, layers = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return AttentionMaps(label, index, types, queries, pictures, rows, patch_maps, rollout, layers)
+    return AttentionMaps(label, index, types, queries, pictures, rows, patch_maps, rollout, layers, list(captions))
 
 
 def _maps_of(
@@ -278,12 +340,12 @@ def _maps_of(
 ) -> tuple[np.ndarray, ...]:
     """`rows`, `patches`, `rollout` and `layers` of `AttentionMaps`."""
     rollout, layers, rows, patches = Rollout(), [], Tensor(), Tensor()
-    first = (*model.token_types(), ALL_PATCHES)[0]
+    names = (*model.token_types(), ALL_PATCHES)
     for layer in walk(model, images):
         maps = attention(layer)
         rollout.add(layer, maps)
         summary = summary_rows(maps, layer)
-        layers.append(_map_of_token(summary, layer, first))
+        layers.append(torch.stack([_map_of_token(summary, layer, name) for name in names], dim=1))
         if layer.index == index:
             rows = per_patch(summary, layer)
             patches = per_patch(patch_rows(maps, layer, queries), layer)
@@ -300,43 +362,38 @@ def _map_of_token(summary: Tensor, layer: Layer, token_type: str) -> Tensor:
     return maps[:, present.index(token_type)]
 
 
-def check_patches(
-    model: MergingViT, patches: Sequence[tuple[int, int]] | None, name: str = "patches", label: str = "the model"
-) -> list[tuple[int, int]]:
-    """Return the chosen patches (row, column), three of them where None are chosen.
-
-    Raises:
-        UserError: one of them is not on the model's grid.
-    """
-    rows, columns = model.patch_embed.grid_size
-    chosen = list(patches or [(rows // 2, columns // 2), (rows // 4, columns // 4), (rows - 1, columns - 1)])
-    for row, column in chosen:
-        if row >= rows or column >= columns:
-            raise UserError(f"{name} names {row},{column}, but {label} has {rows} x {columns} patches")
-    return chosen
-
-
 # Figures
+
+TITLES = {
+    "entropy": "normalised entropy (1: even, 0: one patch)",
+    "top_patch": "share of the top patch",
+    "top_2_percent": "share of the top 2 % of patches",
+}
 
 
 @charts.styled
 def draw(results: AttentionResult | Sequence[AttentionResult]) -> Figure:
     """Draw where the first token's attention goes, model by model, and below how concentrated it is, all models."""
     results = as_list(results)
-    columns = max(3, len(results))
-    figure, axes = charts.new_figure(2, columns, 3.7, 2.7, "Attention over the blocks")
-    for ax, result in zip(axes[0], results, strict=False):
+    count, bottom = len(results), len(METRICS)
+    figure, _ = charts.new_figure(1, 1, 11.1 if count < 4 else 3.7 * count, 5.6, "Attention over the blocks")
+    figure.clf()
+    figure.suptitle("Attention over the blocks", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    grid = figure.add_gridspec(2, bottom * count)
+    for index, result in enumerate(results):
+        ax = figure.add_subplot(grid[0, bottom * index : bottom * (index + 1)])
         first, table = next(iter(result.means().items()))
-        _draw_masses(ax, table, f"{result.label}: {first}'s attention goes to")
-        ax.set_xlabel(f"block ({result.images} images, mean over heads)")
-    for ax in axes[0, len(results) :]:
-        ax.set_axis_off()
-    labels = {"entropy": "entropy (1: even)", "top_patch": "share of the top patch"}
-    for ax, name in zip(axes[1], METRICS, strict=False):
-        _draw_metric(ax, name, results)
-        ax.set_title(labels.get(name, "share of the top 2 % of patches"), fontsize=9)
-    for ax in axes[1, len(METRICS) :]:
-        ax.set_axis_off()
+        _draw_masses(ax, table, f"{result.label}: the {first}'s attention" if first == "class" else f"{result.label}")
+        ax.set_xlabel(f"block (mean over heads and n = {result.images} images)")
+        ax.set_ylabel("share of its attention")
+    for index, name in enumerate(METRICS):
+        ax = figure.add_subplot(grid[1, count * index : count * (index + 1)])
+        _draw_metric(ax, name, results, legend=index == 0)
+        ax.set_title(TITLES[name], fontsize=9)
+        ax.set_ylabel("normalised entropy" if name == "entropy" else "share")
+        ax.set_ylim(0, 1.02 if name == "entropy" else None)
+    note = "Band: lowest to highest head; upright lines: 95 % over images. Dotted: the average over patches of the "
+    charts.footer(figure, note + "patches' own values. All axes start at 0.")
     return figure
 
 
@@ -344,113 +401,214 @@ def _draw_masses(ax: Axes, table: dict[str, np.ndarray], title: str) -> None:
     names = [name for name in MASSES if name in table]
     layers = [np.nan_to_num(table[name].mean(axis=1)) for name in names]
     colours = [charts.token_colour(name) for name in names]
-    ax.stackplot(np.arange(len(layers[0])), layers, labels=names, colors=colours, alpha=0.75)
+    ax.stackplot(np.arange(len(layers[0])), layers, labels=[f"to {name}" for name in names], colors=colours, alpha=0.75)
     ax.set_ylim(0, 1)
     ax.set_xlim(0, len(layers[0]) - 1)
-    ax.set_title(title, fontsize=8.5)
+    ax.set_title(title, fontsize=9)
     ax.legend(loc="lower left")
 
 
-def _draw_metric(ax: Axes, name: str, results: Sequence[AttentionResult]) -> None:
-    """Draw the first token's metric, its heads as a band from the lowest to the highest; dotted: the mean patch."""
+def _draw_metric(ax: Axes, name: str, results: Sequence[AttentionResult], legend: bool) -> None:
+    """Draw the first token's metric, its heads as a band from the lowest to the highest; dotted: the average patch."""
     for index, result in enumerate(results):
         means, colour = result.means(), charts.colour_of(index)
-        values = next(iter(means.values()))[name]
+        first = result.names[0]
+        values = means[first][name]
         x = np.arange(len(values))
-        ax.fill_between(x, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, lw=0)
-        ax.plot(x, values.mean(axis=1), color=colour, label=result.label)
-        ax.plot(x, means[ALL_PATCHES][name].mean(axis=1), color=colour, ls=":", lw=1.2)
-    ax.plot([], [], color=charts.FAINT, ls=":", lw=1.2, label=ALL_PATCHES)
-    ax.set_xlabel("block (band: lowest to highest head)")
-    ax.legend(loc="best", fontsize=7)
+        ax.fill_between(x, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.13, lw=0)
+        ax.plot(x, values.mean(axis=1), color=colour, label=f"{result.label}: {first}")
+        for at, value in enumerate(result.estimates(first, name)):
+            if value.ci95 is not None:
+                ax.plot([at, at], value.ci95, color=colour, lw=1)
+        ax.plot(x, means[ALL_PATCHES][name].mean(axis=1), color=colour, ls=":", lw=1.4)
+    ax.plot([], [], color=charts.FAINT, ls=":", lw=1.2, label="average over patches")
+    ax.set_xlabel("block")
+    if legend:
+        ax.legend(loc="lower left", fontsize=7)
 
 
-def _limits(values: np.ndarray) -> tuple[float, float]:
-    return float(values.min()), float(np.quantile(values, CLIP))
+@dataclass(frozen=True)
+class Scales:
+    """Colour scales of maps: the same for all that is drawn with them, models included.
+
+    Attributes:
+        tokens: of maps averaged over heads, in multiples of an even share.
+        heads: of single heads.
+        rollout: of rollout, likewise.
+    """
+
+    tokens: tuple[float, float]
+    heads: tuple[float, float]
+    rollout: tuple[float, float]
+
+    @classmethod
+    def common(cls, maps: Sequence[AttentionMaps]) -> "Scales":
+        """One scale for the maps of all models and images, from 0 to the 98 % quantile."""
+
+        def limits(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
+            return 0.0, charts.common_limits(arrays, CLIP)[1]
+
+        tokens = [array * of.even for of in maps for array in (of.mean, of.layers, of.patches.mean(axis=1))]
+        return cls(
+            limits(tokens),
+            limits([of.rows[:, :, 0] * of.even for of in maps]),
+            limits([of.rollout * of.even for of in maps]),
+        )
 
 
-def draw_maps(maps: AttentionMaps, shared_scale: bool = False) -> Figure:
+OWN = "every picture has a colour scale of its own: compare shapes, not strengths"
+ONE = "one colour scale for all pictures and models; colours end at the 98 % quantile"
+
+
+def _table(
+    maps: AttentionMaps,
+    rows: Sequence[Sequence[Any]],
+    columns: Sequence[str],
+    title: str,
+    bars: Sequence[charts.Bar] | None,
+    note: str = "",
+    captions: Sequence[str] | None = None,
+) -> Figure:
+    """A table of maps; bars None: every picture on a scale of its own."""
+    notes = ". ".join(part for part in (note, OWN if bars is None else ONE) if part)
+    captions = maps.captions if captions is None else captions
+    return charts.picture_table(rows, columns, captions or None, title, note=notes, bars=bars or ())
+
+
+def _limits(values: np.ndarray, scale: tuple[float, float] | None) -> tuple[float, float]:
+    return scale or (0.0, max(charts.common_limits([values], CLIP)[1], 1e-12))
+
+
+def draw_maps(maps: AttentionMaps, scales: Scales | None = None, own_scale: bool = False) -> Figure:
     """Draw the first token's map, raw and laid over the image, every register's, the mean patch's, and rollout.
 
     Args:
-        shared_scale: one colour scale for all images of a column.
+        scales: of all models that are compared; None: of these maps.
+        own_scale: a scale for each picture instead.
     """
-    mean = maps.mean
-    rows = []
+    scales = scales or Scales.common([maps])
+    mean, rows = maps.mean * maps.even, []
+    kept = _kept(len(maps.names))
     for index, picture in enumerate(maps.pictures):
-        layers = [*mean[index], maps.rollout[index]]
-        limits = [_limits(column if shared_scale else column[index]) for column in (*mean.swapaxes(0, 1), maps.rollout)]
+        layers = [*mean[index][kept], maps.rollout[index] * maps.even]
+        used = [scales.tokens] * len(kept) + [scales.rollout]
+        limits = [_limits(layer, None if own_scale else scale) for layer, scale in zip(layers, used, strict=True)]
         overlays = [charts.overlay_cell(picture, *pair) for pair in zip(layers, limits, strict=True)]
         rows.append([charts.image_cell(picture), charts.map_cell(layers[0], limits[0]), *overlays])
-    columns = ["input", f"{maps.first}, raw", *maps.token_types, ALL_PATCHES, "rollout"]
-    note = "attention to patches, mean over heads; colours end at the 98 % quantile of the "
-    note += "column" if shared_scale else "picture"
-    return charts.picture_table([_shortened(row) for row in rows], _shortened(columns), title=_title(maps), note=note)
-
-
-def _title(maps: AttentionMaps, what: str = "") -> str:
-    return f"{maps.label}, block {maps.layer}{what}"
-
-
-def _shortened(row: list[Any]) -> list[Any]:
-    """A row without its middle: sixteen registers and more do not fit on a page."""
-    return row if len(row) <= MOST_COLUMNS else [*row[: MOST_COLUMNS - 2], *row[-2:]]
-
-
-def draw_heads(maps: AttentionMaps) -> Figure:
-    """Draw the first token's map of every head."""
-    heads = min(maps.rows.shape[1], MOST_COLUMNS - 1)
-    rows = [
-        [charts.image_cell(picture), *(charts.map_cell(rows[head, 0]) for head in range(heads))]
-        for picture, rows in zip(maps.pictures, maps.rows, strict=True)
+    names = [maps.names[index] for index in kept]
+    columns = ["input", f"{maps.first}, raw", *names[:-1], "map averaged over patches", "rollout"]
+    bars = [
+        charts.Bar((1, len(columns) - 2), scales.tokens, UNIT, over=True),
+        charts.Bar((len(columns) - 1, len(columns) - 1), scales.rollout, "rollout (1: even)", over=True),
     ]
-    columns = ["input", *(f"head {head}" for head in range(heads))]
-    note = f"attention of: {maps.first}; own colour scale per picture"
-    return charts.picture_table(rows, columns, title=_title(maps, ", head by head"), note=note)
+    title = f"{maps.label}, attention in block {maps.layer}"
+    return _table(maps, rows, columns, title, None if own_scale else bars, "mean over heads; laid over at 60 %")
 
 
-def draw_patches(maps: AttentionMaps) -> Figure:
-    """Draw where the chosen patches look; they are outlined."""
+def _kept(count: int) -> list[int]:
+    """Indices without their middle: sixteen registers and more do not fit on a page."""
+    most = MOST_COLUMNS - 3
+    return list(range(count)) if count <= most else [*range(most - 1), count - 1]
+
+
+def draw_heads(maps: AttentionMaps, scales: Scales | None = None, own_scale: bool = False) -> Figure:
+    """Draw the first token's map of every head."""
+    scales = scales or Scales.common([maps])
+    heads = min(maps.rows.shape[1], MOST_COLUMNS - 1)
     rows = []
-    for picture, query_maps in zip(maps.pictures, maps.patches.mean(axis=1), strict=True):
+    for picture, of_heads in zip(maps.pictures, maps.rows[:, :, 0] * maps.even, strict=True):
+        cells = [charts.map_cell(m, _limits(m, None if own_scale else scales.heads)) for m in of_heads[:heads]]
+        rows.append([charts.image_cell(picture), *cells])
+    columns = ["input", *(f"head {head}" for head in range(heads))]
+    bars = [charts.Bar((1, heads), scales.heads, UNIT, over=True)]
+    title = f"{maps.label}, {maps.first}'s attention in block {maps.layer}, head by head"
+    return _table(maps, rows, columns, title, None if own_scale else bars)
+
+
+def draw_patches(maps: AttentionMaps, scales: Scales | None = None, own_scale: bool = False) -> Figure:
+    """Draw where the chosen patches look; they are outlined."""
+    scales = scales or Scales.common([maps])
+    rows = []
+    for picture, query_maps in zip(maps.pictures, maps.patches.mean(axis=1) * maps.even, strict=True):
         cells = [
-            charts.overlay_cell(picture, query_map, _limits(query_map), query)
-            for query_map, query in zip(query_maps, maps.queries, strict=True)
+            charts.overlay_cell(picture, m, _limits(m, None if own_scale else scales.tokens), query)
+            for m, query in zip(query_maps, maps.queries, strict=True)
         ]
         rows.append([charts.image_cell(picture), *cells])
-    columns = ["input", *(f"patch {row},{column}" for row, column in maps.queries)]
+    columns = ["input", *(f"from patch {row},{column}" for row, column in maps.queries)]
+    bars = [charts.Bar((1, len(maps.queries)), scales.tokens, UNIT, over=True)]
+    title = f"{maps.label}, attention of single patches in block {maps.layer}"
     note = "mean over heads; red: the patch that looks"
-    return charts.picture_table(rows, columns, title=_title(maps, ", patch to patch"), note=note)
+    return _table(maps, rows, columns, title, None if own_scale else bars, note)
 
 
-def draw_layers(maps: AttentionMaps) -> Figure:
+def _spread_blocks(depth: int) -> list[int]:
+    chosen = np.linspace(0, depth - 1, min(depth, MOST_COLUMNS - 1)).round().astype(int)
+    return [int(index) for index in np.unique(chosen)]
+
+
+def draw_layers(maps: AttentionMaps, scales: Scales | None = None, own_scale: bool = False) -> Figure:
     """Draw the first token's mean map in every block (up to 15, evenly spread)."""
-    depth = maps.layers.shape[1]
-    chosen = np.unique(np.linspace(0, depth - 1, min(depth, MOST_COLUMNS - 1)).round().astype(int)).tolist()
+    scales, chosen = scales or Scales.common([maps]), _spread_blocks(maps.layers.shape[1])
     rows = [
-        [charts.image_cell(picture), *(charts.map_cell(layers[index]) for index in chosen)]
-        for picture, layers in zip(maps.pictures, maps.layers, strict=True)
+        [charts.image_cell(picture), *_block_cells(of_tokens[:, 0] * maps.even, chosen, scales, own_scale)]
+        for picture, of_tokens in zip(maps.pictures, maps.layers, strict=True)
     ]
     columns = ["input", *(f"block {index}" for index in chosen)]
-    note = f"attention of: {maps.first}; mean over heads, own colour scale per picture"
-    return charts.picture_table(rows, columns, title=f"{maps.label}, block after block", note=note)
+    bars = [charts.Bar((1, len(chosen)), scales.tokens, UNIT, over=True)]
+    title = f"{maps.label}, {maps.first}'s attention block by block"
+    return _table(maps, rows, columns, title, None if own_scale else bars, "mean over heads")
 
 
-def draw_compare(maps: Sequence[AttentionMaps]) -> Figure:
-    """Draw the same images under all models: attention of the first token."""
-    rows = [
-        [
-            charts.image_cell(maps[0].pictures[index]),
-            *(
-                charts.overlay_cell(of_model.pictures[index], of_model.mean[index, 0], _limits(of_model.mean[index, 0]))
-                for of_model in maps
-            ),
+def _block_cells(of_blocks: np.ndarray, chosen: Sequence[int], scales: Scales, own_scale: bool) -> list[Any]:
+    scale = None if own_scale else scales.tokens
+    return [charts.map_cell(of_blocks[i], _limits(of_blocks[i], scale)) for i in chosen]
+
+
+def draw_registers(
+    maps: AttentionMaps, over: str = "blocks", scales: Scales | None = None, own_scale: bool = False
+) -> Figure:
+    """Draw where the class token and each register look: a row per image and token, a column per block or head.
+
+    Args:
+        over: "blocks" (mean over heads), or "heads" of the chosen block.
+    """
+    scales, names = scales or Scales.common([maps]), list(maps.token_types)
+    if over == "heads":
+        heads = min(maps.rows.shape[1], MOST_COLUMNS - 1)
+        table, columns, used = maps.rows.swapaxes(1, 2), [f"head {head}" for head in range(heads)], scales.heads
+    else:
+        blocks = _spread_blocks(maps.layers.shape[1])
+        table, columns, used = maps.layers.swapaxes(1, 2), [f"block {index}" for index in blocks], scales.tokens
+    chosen = range(len(columns)) if over == "heads" else blocks
+    rows, captions = [], []
+    for index, picture in enumerate(maps.pictures[: max(1, MOST_ROWS // max(1, len(names)))]):
+        for token, name in enumerate(names):
+            of_token = table[index, token] * maps.even
+            cells = [charts.map_cell(of_token[i], _limits(of_token[i], None if own_scale else used)) for i in chosen]
+            rows.append([charts.image_cell(picture), *cells])
+            captions.append(name)
+    bars = [charts.Bar((1, len(columns)), used, UNIT, over=True)]
+    where = "block by block" if over == "blocks" else f"in block {maps.layer}, head by head"
+    title = f"{maps.label}, attention of class token and registers {where}"
+    return _table(maps, rows, ["input", *columns], title, None if own_scale else bars, captions=captions)
+
+
+def draw_compare(maps: Sequence[AttentionMaps], scales: Scales | None = None, own_scale: bool = False) -> Figure:
+    """Draw the same images under all models, on one scale: attention of the first token."""
+    scales = scales or Scales.common(maps)
+    rows = []
+    for index in range(min(len(of_model.pictures) for of_model in maps)):
+        firsts = [of_model.mean[index, 0] * of_model.even for of_model in maps]
+        cells = [
+            charts.overlay_cell(of_model.pictures[index], m, _limits(m, None if own_scale else scales.tokens))
+            for of_model, m in zip(maps, firsts, strict=True)
         ]
-        for index in range(min(len(of_model.pictures) for of_model in maps))
-    ]
-    note = f"attention of: {maps[0].first}, block {maps[0].layer}; mean over heads; colours end at the picture's "
-    note += "98 % quantile"
-    return charts.picture_table(rows, ["input", *(of_model.label for of_model in maps)], note=note)
+        rows.append([charts.image_cell(maps[0].pictures[index]), *cells])
+    columns = ["input", *(f"{of_model.label}, block {of_model.layer}" for of_model in maps)]
+    bars = [charts.Bar((1, len(maps)), scales.tokens, UNIT, over=True)]
+    title = f"Attention of the {maps[0].first} token" if maps[0].token_types else "Attention, averaged over patches"
+    return _table(maps[0], rows, columns, title, None if own_scale else bars, "mean over heads; laid over at 60 %")
 
 
 # Command
@@ -458,58 +616,62 @@ def draw_compare(maps: Sequence[AttentionMaps]) -> Figure:
 
 def add_parser(subparsers: Any) -> None:
     """Add the command `attention`."""
-    from .command import add_command
+    from .command import add_command, add_patches_flag
 
     text = "attention of class, registers and patches: maps per head, mean, rollout, and their metrics per block"
     parser = add_command(subparsers, "attention", run, text)
     parser.add_argument("--layer", type=int, default=-1, metavar="BLOCK", help="whose maps are drawn (default: last)")
     parser.add_argument("--show", type=int, default=4, metavar="K", help="images drawn")
+    add_patches_flag(parser, "whose attention is drawn")
     parser.add_argument(
-        "--patches", type=_read_patches, metavar="R,C;R,C", help="rows and columns of patches whose attention is drawn"
+        "--own_scale", action="store_true", help="a colour scale for each picture (default: one for all and all models)"
     )
-    parser.add_argument("--shared_scale", action="store_true", help="one colour scale for all images of a column")
-
-
-def _read_patches(text: str) -> list[tuple[int, int]]:
-    """7,7;0,3 -> [(7, 7), (0, 3)]."""
-    pairs = [tuple(int(number) for number in item.split(",")) for item in text.split(";")]
-    if not all(len(pair) == 2 and min(pair) >= 0 for pair in pairs):
-        raise ValueError(text)
-    return [(pair[0], pair[1]) for pair in pairs]
-
-
-_read_patches.__name__ = "list of patches"  # what argparse calls it in its error
 
 
 def run(args: Namespace, main_argv: Sequence[str]) -> None:
     """Measure all models and write attention.json, an npz per model, and the figures."""
+    from utils import log
+
     from .command import Images, Output, load_models
 
     models = load_models(args, main_argv)
-    out = Output(args, main_argv, models)
     for loaded in models:
         check_layer(loaded.model, args.layer, "--layer", loaded.label)
         check_patches(loaded.model, args.patches, "--patches", loaded.label)
-    results = [
-        measure(loaded.model, Images(args, loaded, title=f"attention of {loaded.label}"), label=loaded.label)
-        for loaded in models
-    ]
+    out = Output(args, main_argv, models)
+    results = []
+    for loaded in models:
+        images = Images(args, loaded, title=f"attention of {loaded.label}")
+        out.about(images.note)
+        results.append(measure(loaded.model, images, label=loaded.label))
     out.json("attention", {"models": [summarise(result) for result in results]})
-    out.png("attention_metrics", draw(results))
+    out.figure("attention_metrics", draw(results))
+    if args.show < 1:
+        log("--show 0: no map is drawn")
     maps: list[AttentionMaps] = []
     for loaded in models if args.show > 0 else ():
-        images, pictures = Images(args, loaded, title=f"pictures of {loaded.label}", limit=args.show).load()
-        options: dict[str, Any] = {"layer": args.layer, "patches": args.patches, "label": loaded.label}
-        maps.append(attention_maps(loaded.model, images, pictures, **options))
+        images = Images(args, loaded, title=f"pictures of {loaded.label}", limit=args.show)
+        tensor, pictures = images.load()
+        options: dict[str, Any] = {"layer": args.layer, "patches": args.patches, "captions": images.names()}
+        maps.append(attention_maps(loaded.model, tensor, pictures, **options, label=loaded.label))
     for index, (loaded, result) in enumerate(zip(models, results, strict=True)):
         out.npz(f"attention_{loaded.slug}", arrays(result, maps[index] if maps else None))
-    for loaded, of_model in zip(models, maps, strict=False):
-        out.png(f"attention_{loaded.slug}", draw_maps(of_model, args.shared_scale))
-        out.png(f"attention_heads_{loaded.slug}", draw_heads(of_model))
-        out.png(f"attention_patches_{loaded.slug}", draw_patches(of_model))
-        out.png(f"attention_layers_{loaded.slug}", draw_layers(of_model))
+    if maps:
+        _write_maps(out, models, maps, args.own_scale)
+
+
+def _write_maps(out: Any, models: Sequence[Any], maps: Sequence[AttentionMaps], own: bool) -> None:
+    scales = Scales.common(maps)
+    for loaded, of_model in zip(models, maps, strict=True):
+        out.figure(f"attention_{loaded.slug}", draw_maps(of_model, scales, own))
+        out.figure(f"attention_heads_{loaded.slug}", draw_heads(of_model, scales, own))
+        out.figure(f"attention_patches_{loaded.slug}", draw_patches(of_model, scales, own))
+        out.figure(f"attention_layers_{loaded.slug}", draw_layers(of_model, scales, own))
+        if any(name.startswith("register") for name in of_model.token_types):
+            for over in ("blocks", "heads"):
+                out.figure(f"attention_registers_{over}_{loaded.slug}", draw_registers(of_model, over, scales, own))
     if len(maps) > 1:
-        out.png("attention_compare", draw_compare(maps))
+        out.figure("attention_compare", draw_compare(maps, scales, own))
 
 
 def arrays(result: AttentionResult, maps: AttentionMaps | None = None) -> dict[str, np.ndarray]:
@@ -525,4 +687,5 @@ def arrays(result: AttentionResult, maps: AttentionMaps | None = None) -> dict[s
         "patches": np.array(maps.queries),
         "rollout": maps.rollout,
         "layer_maps": maps.layers,
+        "layer_map_kinds": np.array(result.names),
     }

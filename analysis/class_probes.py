@@ -3,6 +3,13 @@
 One token of every kind is taken per image, after the final norm: class, distillation and register tokens, a random
 normal and a random outlier patch, and means. Logistic regression and nearest neighbours are trained on each.
 
+How well is always said with chance beside it, and of which images: some have no outlier. Tokens are compared on all
+images, and on those that have an outlier and a normal patch in every model that is compared.
+
+    result = class_probes.measure(model, train_loader, test_loader)
+    banks = [class_probes.collect(model, train_loader, test_loader), ...]    # several models
+    results = class_probes.probe(banks)                                       # on the same images
+
 Shapes: B images, n patches, C channels.
 """
 
@@ -23,13 +30,29 @@ from models.vit import MergingViT
 
 from . import charts
 from .inputs import as_list, batches, evaluation, labelled_batches
-from .outliers import DEFAULT_RULE, Histogram, Rule
+from .intervals import LEAST, Estimate, difference, mean, text
+from .outliers import DEFAULT_RULE, SCALED, SHARED, Histogram, Rule, Yardstick, describe_cuts
 from .probing import add_outlier_flags, check_outlier_flags, patch_norms
 from .walk import check_layer, final, to_grid, walk
 
 MOST_LABELLED = 20_000  # images per split: memory holds one token of every kind of each
+PROBES = ("linear", "knn")
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # C of the logistic regression
 LabelledImages = Iterable[Any]  # of batches that begin with images (B,3,H,W) and labels (B,), as a DataLoader yields
+
+
+NORMAL, OUTLIER = "normal patch", "outlier patch"
+ALL, WITH_OUTLIER = "all images", "images with an outlier"  # what tokens are compared on
+
+
+def patch_type(name: str, cut: str) -> str:
+    """The name of normal or outlier patches under a cut."""
+    return name if cut == SHARED else f"{name}, scaled cut"
+
+
+def image_set(cut: str) -> str:
+    """The name of the images with an outlier under a cut."""
+    return WITH_OUTLIER if cut == SHARED else f"{WITH_OUTLIER}, scaled cut"
 
 
 class TokenBank:
@@ -39,11 +62,17 @@ class TokenBank:
         self.draws, self._generator = draws, torch.Generator().manual_seed(seed)
         self._tokens: dict[str, list[Tensor]] = {}  # token type -> (draws,B,C) per batch
         self._labels: list[Tensor] = []
-        self._covered: list[Tensor] = []
+        self._covered: dict[str, list[Tensor]] = {}  # by cut
 
     @torch.no_grad()
-    def add(self, model: MergingViT, images: Tensor, labels: Tensor, cut: float, outlier_layer: int = -1) -> None:
-        """Take the tokens of a batch; a patch is an outlier if its norm before the final norm exceeds `cut`."""
+    def add(
+        self, model: MergingViT, images: Tensor, labels: Tensor, cuts: dict[str, float], outlier_layer: int = -1
+    ) -> None:
+        """Take the tokens of a batch.
+
+        Args:
+            cuts: a patch is an outlier if its norm before the final norm exceeds the cut, by the cut's name.
+        """
         layer = lengths = None
         norm_layer = check_layer(model, outlier_layer, "outlier_layer")
         for layer in walk(model, images):
@@ -59,13 +88,14 @@ class TokenBank:
         if len(registers) > 1:
             taken["mean of registers"] = tokens[:, registers].mean(dim=1).expand(self.draws, -1, -1)
         taken["mean of patches"] = patches.mean(dim=1).expand(self.draws, -1, -1)
-        outlier = lengths > cut
-        for name, flags in (("normal patch", ~outlier), ("outlier patch", outlier)):
-            taken[name] = torch.stack([self._draw(patches, flags) for _ in range(self.draws)])
+        for cut_name, cut in cuts.items():
+            outlier = lengths > cut
+            for name, flags in ((NORMAL, ~outlier), (OUTLIER, outlier)):
+                taken[patch_type(name, cut_name)] = torch.stack([self._draw(patches, flags) for _ in range(self.draws)])
+            self._covered.setdefault(cut_name, []).append(outlier.any(dim=1) & (~outlier).any(dim=1))
         for name, values in taken.items():
             self._tokens.setdefault(name, []).append(values)
         self._labels.append(labels.cpu())
-        self._covered.append(outlier.any(dim=1) & (~outlier).any(dim=1))
 
     def _draw(self, patches: Tensor, flags: Tensor) -> Tensor:
         """Draw a random flagged patch per image; NaN where there is none."""
@@ -78,10 +108,9 @@ class TokenBank:
     def labels(self) -> np.ndarray:
         return torch.cat(self._labels).numpy()
 
-    @property
-    def covered(self) -> np.ndarray:
-        """Images (images,) that have both an outlier and a normal patch, as flags."""
-        return torch.cat(self._covered).numpy()
+    def covered(self, cut: str = SHARED) -> np.ndarray:
+        """Images (images,) that have both an outlier and a normal patch under a cut, as flags."""
+        return torch.cat(self._covered[cut]).numpy()
 
     @property
     def token_types(self) -> list[str]:
@@ -92,11 +121,14 @@ class TokenBank:
         return torch.cat([values[draw] for values in self._tokens[token_type]]).numpy()
 
 
-def logistic_accuracy(
+def logistic_hits(
     x: np.ndarray, y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, seed: int, strengths: Sequence[float]
-) -> tuple[float, float]:
-    """Multinomial logistic regression (L2, LBFGS, standardised features): test accuracy in % and the C that a fifth of
-    the training images chose."""
+) -> tuple[np.ndarray, float]:
+    """Multinomial logistic regression (L2, LBFGS, standardised features).
+
+    Returns:
+        Which test images it is right on, and the C that a fifth of the training images chose.
+    """
     from sklearn.linear_model import LogisticRegression  # sets environment variables when imported
     from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import StandardScaler
@@ -110,38 +142,89 @@ def logistic_accuracy(
     if len(strengths) > 1:
         fit_x, val_x, fit_y, val_y = train_test_split(x, y, test_size=0.2, random_state=seed, stratify=y)
         best = max(strengths, key=lambda c: fitted(c, fit_x, fit_y).score(val_x, val_y))
-    return 100 * float(fitted(best, x, y).score(test_x, test_y)), best
+    hits: np.ndarray = fitted(best, x, y).predict(test_x) == test_y
+    return hits, best
 
 
-def knn_accuracy(x: np.ndarray, y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, neighbours: int) -> float:
-    """Nearest neighbours by cosine, votes weighed by closeness: test accuracy in %."""
+def knn_hits(x: np.ndarray, y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, neighbours: int) -> np.ndarray:
+    """Nearest neighbours by cosine, votes weighed by closeness: which test images they are right on."""
     from sklearn.neighbors import KNeighborsClassifier
 
     def closeness(distance: np.ndarray) -> np.ndarray:
         return np.exp((1 - distance) / 0.07)  # DINO's temperature
 
     model = KNeighborsClassifier(min(neighbours, len(x)), metric="cosine", algorithm="brute", weights=closeness)
-    return 100 * float(model.fit(x, y).score(test_x, test_y))
+    hits: np.ndarray = model.fit(x, y).predict(test_x) == test_y
+    return hits
 
 
-def token_accuracies(
-    train: TokenBank, test: TokenBank, token_type: str, neighbours: int = 20, strengths: Sequence[float] = STRENGTHS
-) -> dict[str, Any]:
-    """Accuracy of both probes from one type of token, over the images that have every type: mean and std over draws."""
-    linear, nearest, chosen = [], [], []
+@dataclass(frozen=True)
+class Accuracy:
+    """What one type of token tells of the class, on one set of images.
+
+    Attributes:
+        hits: of "linear" and "knn", (draws, test images): which images the probe is right on.
+        strengths: the C of each draw.
+    """
+
+    hits: dict[str, np.ndarray]
+    strengths: list[float]
+
+    def estimate(self, probe: str) -> Estimate:
+        """Accuracy (a fraction), mean over draws, with its interval over test images."""
+        return mean(self.hits[probe].mean(axis=0))
+
+    def spread(self, probe: str) -> float:
+        """Standard deviation over draws; 0 for one draw."""
+        accuracies = self.hits[probe].mean(axis=1)
+        return float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers for json."""
+        row: dict[str, Any] = {"strengths": self.strengths}
+        for probe in PROBES:
+            row |= self.estimate(probe).named(probe)
+            row |= {f"{probe}_std": self.spread(probe), f"{probe}_draws": self.hits[probe].mean(axis=1).tolist()}
+        return row
+
+
+def token_accuracy(
+    train: TokenBank,
+    test: TokenBank,
+    token_type: str,
+    chosen: tuple[np.ndarray, np.ndarray],
+    neighbours: int = 20,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Accuracy:
+    """Fit both probes on one type of token, of the chosen training and test images (flags)."""
+    linear, nearest, used = [], [], []
+    (fit, check), y, test_y = chosen, train.labels[chosen[0]], test.labels[chosen[1]]
     for draw in range(train.draws):
-        x, test_x = train.tokens(token_type, draw)[train.covered], test.tokens(token_type, draw)[test.covered]
-        y, test_y = train.labels[train.covered], test.labels[test.covered]
-        accuracy, strength = logistic_accuracy(x, y, test_x, test_y, draw, strengths)
-        linear.append(accuracy)
-        chosen.append(strength)
-        nearest.append(knn_accuracy(x, y, test_x, test_y, neighbours))
-    return {"strengths": chosen, **_spread("linear", linear), **_spread("knn", nearest)}
+        x, test_x = train.tokens(token_type, draw)[fit], test.tokens(token_type, draw)[check]
+        hits, strength = logistic_hits(x, y, test_x, test_y, draw, strengths)
+        linear.append(hits)
+        used.append(strength)
+        nearest.append(knn_hits(x, y, test_x, test_y, neighbours))
+    return Accuracy({"linear": np.stack(linear), "knn": np.stack(nearest)}, used)
 
 
-def _spread(name: str, accuracies: list[float]) -> dict[str, Any]:
-    std = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0
-    return {name: float(np.mean(accuracies)), f"{name}_std": std, f"{name}_draws": accuracies}
+# Measurement
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The tokens of one model, before probes are fitted.
+
+    Attributes:
+        yardstick: the shared cut, to be given to the next model.
+        cuts: the cuts that differ: the shared one, and the one scaled by the medians.
+    """
+
+    label: str
+    yardstick: Yardstick
+    cuts: dict[str, float]
+    train: TokenBank
+    test: TokenBank
 
 
 @dataclass(frozen=True)
@@ -149,19 +232,154 @@ class ClassProbesResult:
     """Accuracies of one model.
 
     Attributes:
-        cut: the norm above which a patch is an outlier.
-        n_train, n_test: images with both an outlier and a normal patch; only these count.
-        coverage: their share of the training images in %.
-        accuracies: by token type: test top-1 in % of both probes with std over draws, see `token_accuracies`.
+        yardstick, cuts: as in `Collected`.
+        classes: how many there are.
+        largest_class: share of the most frequent class among the test images: what one gets without looking.
+        numbers: by set of images, training and test images in it.
+        coverage: share of the training images that have an outlier and a normal patch in this model, by set.
+        accuracies: by set of images and type of token.
+        left_out: by set of images, why there is nothing.
     """
 
     label: str
-    cut: float
-    n_train: int
-    n_test: int
-    coverage: float
+    yardstick: Yardstick
+    cuts: dict[str, float]
     classes: int
-    accuracies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    largest_class: float
+    numbers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    coverage: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, dict[str, Accuracy]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def collect(
+    model: VisionTransformer,
+    train: LabelledImages,
+    test: LabelledImages,
+    *,
+    outlier_rule: Rule = DEFAULT_RULE,
+    outlier_layer: int = -1,
+    yardstick: Yardstick | None = None,
+    draws: int = 5,
+    seed: int = 0,
+    label: str = "model",
+) -> Collected:
+    """Take the tokens of all images. Two passes over the training images, one over the test images.
+
+    Args:
+        train, test: batches of images (B,3,H,W) and labels (B,); `train` is iterated twice.
+        outlier_rule: see `Rule`, on the norms of the training images, where there is no
+        yardstick: cut of another model that this one is compared with.
+        outlier_layer: the block whose output is judged.
+        draws: random patches per image, with one probe each.
+    """
+    with evaluation(model) as vit:
+        histogram = Histogram()
+        norm_layer = check_layer(vit, outlier_layer, "outlier_layer")
+        for images in batches(train, vit):
+            histogram.add(next(patch_norms(layer) for layer in walk(vit, images) if layer.index == norm_layer))
+        yardstick = yardstick or Yardstick.made_on(histogram, outlier_rule, label)
+        cuts = yardstick.cuts(histogram)
+        if abs(cuts[SCALED] - cuts[SHARED]) < 1e-6 * cuts[SHARED]:
+            del cuts[SCALED]
+        train_bank, test_bank = TokenBank(draws, seed), TokenBank(draws, seed + 1)
+        for bank, labelled in ((train_bank, train), (test_bank, test)):
+            for images, labels in labelled_batches(labelled, vit):
+                bank.add(vit, images, labels, cuts, outlier_layer)
+    return Collected(label, yardstick, cuts, train_bank, test_bank)
+
+
+def probe(
+    collected: Sequence[Collected],
+    *,
+    neighbours: int = 20,
+    strengths: Sequence[float] = STRENGTHS,
+    report: Callable[[str], None] | None = None,
+    track: Callable[[list[str]], Iterable[str]] = iter,
+) -> list[ClassProbesResult]:
+    """Fit both probes on every type of token of one model or several, on the same images for all.
+
+    Args:
+        neighbours: k of the nearest neighbours.
+        strengths: C of the logistic regression, of which a fifth of the training images chooses one.
+        report: takes a line per token type.
+        track: wraps the token types, to show progress.
+
+    Raises:
+        UserError: too few images of a class, or models that saw different images.
+    """
+    labels, test_labels = collected[0].train.labels, collected[0].test.labels
+    for other in collected[1:]:
+        if not (np.array_equal(other.train.labels, labels) and np.array_equal(other.test.labels, test_labels)):
+            raise UserError(f"{collected[0].label} and {other.label} did not see the same images")
+    problem = _too_few(labels)
+    if problem:
+        raise UserError(f"{problem}; take more images")
+    largest = float(np.unique(test_labels, return_counts=True)[1].max() / len(test_labels))
+    results = [
+        ClassProbesResult(of.label, of.yardstick, of.cuts, len(set(labels.tolist())), largest) for of in collected
+    ]
+    everything = _with_normal(collected, "train"), _with_normal(collected, "test")
+    differing = list(dict.fromkeys(cut for of in collected for cut in of.cuts))
+    for of, result in zip(collected, results, strict=True):
+        _probe_set(of, result, ALL, None, everything, neighbours, strengths, report, track)
+        for cut in differing:
+            name, own = image_set(cut), cut if cut in of.cuts else SHARED
+            result.coverage[name] = float(of.train.covered(own).mean())
+            chosen = _common(collected, cut)
+            left = _too_few(labels[chosen[0]]) or ("" if chosen[1].sum() >= LEAST else "fewer than 5 test images")
+            if left:
+                result.left_out[name] = left
+                continue
+            _probe_set(of, result, name, own, chosen, neighbours, strengths, report, track)
+    return results
+
+
+def _with_normal(collected: Sequence[Collected], split: str) -> np.ndarray:
+    """All images, less those that are nothing but outliers in some model."""
+    banks = [getattr(of, split) for of in collected]
+    return np.logical_and.reduce([np.isfinite(bank.tokens(NORMAL, 0)).all(axis=1) for bank in banks])
+
+
+def _common(collected: Sequence[Collected], cut: str) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images that have an outlier and a normal patch in all models."""
+    of_all = [(of, cut if cut in of.cuts else SHARED) for of in collected]
+    return tuple(  # type: ignore[return-value]
+        np.logical_and.reduce([getattr(of, split).covered(name) for of, name in of_all]) for split in ("train", "test")
+    )
+
+
+def _too_few(labels: np.ndarray) -> str:
+    """Why labels do not do to train probes: five of a class let a fifth of them choose the strength."""
+    kinds, numbers = np.unique(labels, return_counts=True)
+    if len(kinds) >= 2 and numbers.min() >= 5:
+        return ""
+    least = int(numbers.min()) if len(numbers) else 0
+    return f"{len(labels)} training images, of {len(kinds)} classes with {least} or more each: too few (5 of each of 2)"
+
+
+def _probe_set(
+    of: Collected,
+    result: ClassProbesResult,
+    name: str,
+    cut: str | None,
+    chosen: tuple[np.ndarray, np.ndarray],
+    neighbours: int,
+    strengths: Sequence[float],
+    report: Callable[[str], None] | None,
+    track: Callable[[list[str]], Iterable[str]],
+) -> None:
+    """Fit the probes of every type of token on a set of images; outlier patches under a cut, if one is given."""
+    result.numbers[name] = int(chosen[0].sum()), int(chosen[1].sum())
+    patches = {NORMAL: SHARED} if cut is None else {NORMAL: cut, OUTLIER: cut}
+    types = {kind: kind for kind in of.train.token_types if not kind.startswith((NORMAL, OUTLIER))}
+    types |= {kind: patch_type(kind, its_cut) for kind, its_cut in patches.items()}
+    for kind in track(list(types)):
+        accuracy = token_accuracy(of.train, of.test, types[kind], chosen, neighbours, strengths)
+        result.accuracies.setdefault(name, {})[kind] = accuracy
+        if report:
+            linear, nearest = (text(accuracy.estimate(which), 1, 100) for which in PROBES)
+            report(f"  {of.label}, {name}, {kind}: linear {linear}, knn {nearest} %")
 
 
 def measure(
@@ -171,78 +389,49 @@ def measure(
     *,
     outlier_rule: Rule = DEFAULT_RULE,
     outlier_layer: int = -1,
+    yardstick: Yardstick | None = None,
     draws: int = 5,
     neighbours: int = 20,
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
     label: str = "model",
     report: Callable[[str], None] | None = None,
-    track: Callable[[list[str]], Iterable[str]] = iter,
 ) -> ClassProbesResult:
-    """Fit both probes on every type of token. Two passes over the training images, one over the test images.
+    """Fit both probes on every type of token of one model: `collect` and `probe`, which say the arguments."""
+    options: dict[str, Any] = {"outlier_rule": outlier_rule, "outlier_layer": outlier_layer, "yardstick": yardstick}
+    found = collect(model, train, test, **options, draws=draws, seed=seed, label=label)
+    return probe([found], neighbours=neighbours, strengths=strengths, report=report)[0]
+
+
+def summarise(result: ClassProbesResult, baseline: ClassProbesResult | None = None) -> dict[str, Any]:
+    """The row of one model, for json; accuracies are fractions.
 
     Args:
-        train, test: batches of images (B,3,H,W) and labels (B,); `train` is iterated twice.
-        outlier_rule: see `Rule`, on the norms of the training images.
-        outlier_layer: the block whose output is judged.
-        draws: random patches per image, with one probe each.
-        neighbours: k of the nearest neighbours.
-        strengths: C of the logistic regression, of which a fifth of the training images chooses one.
-        report: takes a line per token type.
-        track: wraps the token types, to show progress.
-
-    Raises:
-        UserError: too few images have an outlier patch.
+        baseline: accuracies less this model's, paired by test image, come too.
     """
-    with evaluation(model) as vit:
-        histogram = Histogram()
-        norm_layer = check_layer(vit, outlier_layer, "outlier_layer")
-        for images in batches(train, vit):
-            histogram.add(next(patch_norms(layer) for layer in walk(vit, images) if layer.index == norm_layer))
-        cut = outlier_rule.cut(histogram)
-        train_bank, test_bank = TokenBank(draws, seed), TokenBank(draws, seed + 1)
-        for bank, labelled in ((train_bank, train), (test_bank, test)):
-            for images, labels in labelled_batches(labelled, vit):
-                bank.add(vit, images, labels, cut, outlier_layer)
-    for name, bank in (("train", train_bank), ("val", test_bank)):
-        _check_bank(name, bank, label, outlier_rule)
-    accuracies: dict[str, dict[str, Any]] = {}
-    for token_type in track(train_bank.token_types):
-        row = accuracies[token_type] = token_accuracies(train_bank, test_bank, token_type, neighbours, strengths)
-        if report:
-            report(f"  {token_type}: linear {row['linear']:.2f} +- {row['linear_std']:.2f}, knn {row['knn']:.2f} %")
-    covered = train_bank.covered
-    return ClassProbesResult(
-        label,
-        cut,
-        n_train=int(covered.sum()),
-        n_test=int(test_bank.covered.sum()),
-        coverage=100 * float(covered.mean()),
-        classes=len(set(train_bank.labels.tolist())),
-        accuracies=accuracies,
-    )
-
-
-def _check_bank(name: str, bank: TokenBank, label: str, outlier_rule: Rule) -> None:
-    """Refuse a split of which too few images are left; five of a class let a fifth of them choose the strength."""
-    labels, numbers = np.unique(bank.labels[bank.covered], return_counts=True)
-    if len(labels) < 2 or (name == "train" and numbers.min() < 5):
-        raise UserError(
-            f"{label}: of the {name} split {int(bank.covered.sum())} images have an outlier patch "
-            f"({outlier_rule}), too few (5 of each of 2 classes); take a lower cut or more images"
-        )
-
-
-def summarise(result: ClassProbesResult) -> dict[str, Any]:
-    """The row of one model, for json."""
+    sets: dict[str, Any] = {}
+    for name, accuracies in result.accuracies.items():
+        kinds = {}
+        for token_type, accuracy in accuracies.items():
+            row = accuracy.summary()
+            other = baseline.accuracies.get(name, {}).get(token_type) if baseline not in (None, result) else None  # type: ignore[union-attr]
+            for kind in PROBES if other is not None else ():
+                change = difference(other.hits[kind].mean(axis=0), accuracy.hits[kind].mean(axis=0))  # type: ignore[union-attr]
+                row |= change.named(f"{kind}_minus_baseline")
+            kinds[token_type] = row
+        n_train, n_test = result.numbers[name]
+        sets[name] = {"n_train": n_train, "n_test": n_test, "kinds": kinds}
+    of = result.yardstick
     return {
         "label": result.label,
-        "n_train": result.n_train,
-        "n_test": result.n_test,
+        "outlier_cut": {"rule": str(of.rule), "of": of.of, "cut": of.cut},
+        "cuts": result.cuts,
         "coverage": result.coverage,
-        "cut": result.cut,
         "classes": result.classes,
-        "kinds": result.accuracies,
+        "chance": 1 / result.classes,
+        "largest_class": result.largest_class,
+        "sets": sets,
+        "left_out": result.left_out,
     }
 
 
@@ -251,39 +440,54 @@ def summarise(result: ClassProbesResult) -> dict[str, Any]:
 
 @charts.styled
 def draw(results: ClassProbesResult | Sequence[ClassProbesResult]) -> Figure:
-    """Accuracy by type of token, a panel per probe, all models side by side."""
+    """Accuracy by type of token with 95 % intervals over test images: a row per set of images, a column per probe."""
     results = as_list(results)
-    names = list(dict.fromkeys(name for result in results for name in result.accuracies))
-    figure, axes = charts.new_figure(1, 2, 5.0, 0.8 + 0.36 * len(names) * max(1.0, 0.7 * len(results)), sharey=True)
-    for ax, probe, title in zip(axes[0], ("linear", "knn"), ("logistic regression", "nearest neighbours"), strict=True):
-        for index, result in enumerate(results):
-            _draw_bars(ax, result, probe, names, index, len(results))
-        ax.axvline(100 / results[0].classes, color=charts.FAINT, lw=1, ls=":")
-        ax.set_title(f"{title}: test top-1 (%)")
-        ax.grid(False, axis="y")
-        ax.set_xlim(0, 108)
-    axes[0, 0].set_yticks(range(len(names)), names)
-    axes[0, 0].invert_yaxis()
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left")
-    note = (
-        "one token per image, after the final norm; images with an outlier only; whiskers: std over draws; dots: chance"
-    )
-    figure.supxlabel(note, fontsize=7.5, color=charts.FAINT, x=0.99, ha="right")
+    sets = list(dict.fromkeys(name for result in results for name in result.accuracies))
+    names = {
+        chosen: list(dict.fromkeys(name for result in results for name in result.accuracies.get(chosen, {})))
+        for chosen in sets
+    }
+    heights = [0.5 + 0.24 * len(names[chosen]) * max(1.0, 0.6 * len(results)) for chosen in sets]
+    title = "The class from one token (after the final norm)"
+    figure, axes = charts.new_figure(len(sets), 2, 5.0, sum(heights) / len(sets) + 0.5, title, height_ratios=heights)
+    for row, chosen in zip(axes, sets, strict=True):
+        for ax, kind, name in zip(row, PROBES, ("logistic regression", "nearest neighbours"), strict=True):
+            for index, result in enumerate(results):
+                _draw_dots(ax, result, kind, chosen, names[chosen], index, len(results))
+            ax.axvline(100 / results[0].classes, color=charts.INK, lw=1, ls=":")
+            ax.axvline(100 * results[0].largest_class, color=charts.FAINT, lw=1, ls="-.")
+            fit, check = next(r.numbers[chosen] for r in results if chosen in r.numbers)
+            ax.set_title(f"{name}, {chosen}\n({fit} train, {check} test)", fontsize=8)
+            ax.grid(False, axis="y")
+            ax.set_xlim(0, 112)
+            ax.set_yticks(range(len(names[chosen])), names[chosen] if ax is row[0] else [""] * len(names[chosen]))
+            ax.set_ylim(len(names[chosen]) - 0.5, -0.5)
+            ax.set_xlabel("test top-1 (%)")
+    for index, result in enumerate(results):
+        axes[0, 1].plot([], [], marker="o", ls="", color=charts.colour_of(index), label=result.label)
+    axes[0, 1].plot([], [], color=charts.INK, lw=1, ls=":", label=f"chance, {100 / results[0].classes:.3g} %")
+    axes[0, 1].plot([], [], color=charts.FAINT, lw=1, ls="-.", label="always the largest class")
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside upper right", ncols=len(results) + 2)
+    left = "; ".join(f"{result.label}, {name}: {why}" for result in results for name, why in result.left_out.items())
+    scaled = {result.label: result.cuts.get(SCALED, result.cuts[SHARED]) for result in results}
+    note = "Lines: 95 % over test images. All models are compared on the same images."
+    charts.footer(figure, note, *([f"Left out: {left}"] if left else []), describe_cuts(results[0].yardstick, scaled))
     return figure
 
 
-def _draw_bars(ax: Axes, result: ClassProbesResult, probe: str, names: list[str], index: int, models: int) -> None:
-    height = 0.78 / models
-    rows = [(i, result.accuracies[name]) for i, name in enumerate(names) if name in result.accuracies]
-    y = np.array([i for i, _ in rows]) + (index - (models - 1) / 2) * height
-    values, spread = [row[probe] for _, row in rows], [row[f"{probe}_std"] for _, row in rows]
-    label = f"{result.label} ({result.n_train} train, {result.n_test} test images)"
-    ax.barh(y, values, height * 0.9, xerr=spread, color=charts.colour_of(index), alpha=0.85, label=label)
-    for position, value, gap in zip(y, values, spread, strict=True):
-        ax.annotate(
-            f"{value:.1f}", (value + gap, position), (3, 0), textcoords="offset points", va="center", fontsize=7
-        )
+def _draw_dots(
+    ax: Axes, result: ClassProbesResult, kind: str, chosen: str, names: list[str], index: int, models: int
+) -> None:
+    for i, name in enumerate(names):
+        accuracy = result.accuracies.get(chosen, {}).get(name)
+        if accuracy is None:
+            continue
+        value, y = accuracy.estimate(kind), i + (index - (models - 1) / 2) * 0.7 / models
+        span = None if value.ci95 is None else [100 * bound for bound in value.ci95]
+        charts.dots(ax, y, 100 * value.value, span, charts.colour_of(index), across=True)
+        at = 100 * (value.ci95[1] if value.ci95 else value.value)
+        place = dict(textcoords="offset points", va="center", fontsize=6.5)
+        ax.annotate(f"{100 * value.value:.1f}", (at, y), (4, 0), **place)  # type: ignore[arg-type]
 
 
 # Command
@@ -292,8 +496,8 @@ def _draw_bars(ax: Axes, result: ClassProbesResult, probe: str, names: list[str]
 def add_parser(subparsers: Any) -> None:
     from .command import add_command
 
-    text = "linear and nearest-neighbour probes of the class from one class, register, normal or outlier token"
-    parser = add_command(subparsers, "probes", run, text)
+    about = "linear and nearest-neighbour probes of the class from one class, register, normal or outlier token"
+    parser = add_command(subparsers, "probes", run, about)
     parser.add_argument("--draws", type=int, default=5, metavar="N", help="random patches per image, one probe each")
     parser.add_argument("--neighbours", type=int, default=20, metavar="K")
     parser.add_argument("--C", nargs="+", type=float, default=list(STRENGTHS), metavar="C", help="strengths to try")
@@ -318,26 +522,26 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
         train = command.Images(args, loaded, "train", title=titles, limit=limit)
         sets.append((train, command.Images(args, loaded, "val", title=f"test tokens of {name}", limit=limit)))
     out = command.Output(args, main_argv, models)
-    options = {name: getattr(args, name) for name in ("outlier_layer", "draws", "neighbours")}
-    results = []
+    out.about("; ".join(images.note for images in sets[0]))
+    options = {name: getattr(args, name) for name in ("outlier_layer", "draws")} | {"outlier_rule": rule}
+    banks: list[Collected] = []
     for loaded, (train, test) in zip(models, sets, strict=True):
-        title = f"probes of {loaded.label}"
-        more = {
-            "outlier_rule": rule,
-            "seed": loaded.args.seed,
-            "label": loaded.label,
-            "report": log,
-            "strengths": args.C,
-        }
-        track = lambda names, title=title: command.track(names, len(names), title)  # noqa: E731
-        results.append(measure(loaded.model, train, test, **options, **more, track=track))
-    rows = [summarise(result) for result in results]
+        common = banks[0].yardstick if banks else None
+        more = {"yardstick": common, "seed": loaded.args.seed, "label": loaded.label}
+        banks.append(collect(loaded.model, train, test, **options, **more))
+    track = lambda names: command.track(names, len(names), "probes")  # noqa: E731
+    results = probe(banks, neighbours=args.neighbours, strengths=args.C, report=log, track=track)
+    for result in results:
+        for name, why in result.left_out.items():
+            log(f"note: {result.label}, {name}: left out, {why}")
+    rows = [summarise(result, results[0]) for result in results]
     out.json("probes", {"outlier_rule": str(rule), "neighbours": args.neighbours, "draws": args.draws, "models": rows})
     for loaded, result in zip(models, results, strict=True):
-        draws = {
-            f"{name}/{probe}": np.asarray(row[f"{probe}_draws"])
-            for name, row in result.accuracies.items()
-            for probe in ("linear", "knn")
+        hits = {
+            f"{name}/{token_type}/{kind}": accuracy.hits[kind]
+            for name, accuracies in result.accuracies.items()
+            for token_type, accuracy in accuracies.items()
+            for kind in PROBES
         }
-        out.npz("probes" if len(models) == 1 else f"probes_{loaded.slug}", draws)
-    out.png("probes", draw(results))
+        out.npz("probes" if len(models) == 1 else f"probes_{loaded.slug}", hits)
+    out.figure("probes", draw(results))

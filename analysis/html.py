@@ -12,6 +12,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+WIDE = 3.5  # width over height from which a picture takes the whole width
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -31,6 +32,11 @@ class EmbeddedPng:
         """Width in pixels, from the header."""
         return int.from_bytes(self.png[16:20], "big")
 
+    @property
+    def height(self) -> int:
+        """Height in pixels, from the header."""
+        return int.from_bytes(self.png[20:24], "big")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -48,6 +54,8 @@ class Section:
     Attributes:
         key: its anchor.
         text: why it is there.
+        may, may_not: what one may conclude from it, and what not.
+        more: pictures that are folded away.
         problem: why there is nothing to show.
         raw: numbers in plain values, to unfold.
         command: the command line that made it.
@@ -61,6 +69,9 @@ class Section:
     problem: str = ""
     raw: Any = None
     command: str = ""
+    may: str = ""
+    may_not: str = ""
+    more: tuple[EmbeddedPng, ...] = ()
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section], footer: str = "") -> str:
@@ -79,15 +90,25 @@ def _section(section: Section) -> str:
     parts = [f'<section id="{escape(section.key)}"><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>']
     if section.problem:
         parts.append(f'<p class="problem">Not shown: {escape(section.problem)}</p>')
-    parts += [_table(table) for table in section.tables]
-    if section.pictures:
-        parts.append(f'<div class="figures">{"".join(_picture(picture) for picture in section.pictures)}</div>')
+    if section.may or section.may_not:
+        parts.append(f"<p class=may>{escape(section.may)} <span>{escape(section.may_not)}</span></p>")
+    if section.tables:
+        parts.append(f'<div class="tables">{"".join(_table(table) for table in section.tables)}</div>')
+    parts.append(_figures(section.pictures))
+    if section.more:
+        count = len(section.more)
+        summary = f"<summary>{count} more picture{'s' if count > 1 else ''}</summary>"
+        parts.append(f"<details>{summary}{_figures(section.more)}</details>")
     if section.raw is not None:
         text = json.dumps(rounded(section.raw), indent=1)
         parts.append(f"<details><summary>all numbers</summary><pre>{escape(text)}</pre></details>")
     if section.command:
-        parts.append(f'<p class="command"><code>{escape(section.command)}</code></p>')
+        parts.append(f"<details><summary>command</summary><code>{escape(section.command)}</code></details>")
     return "".join([*parts, "</section>"])
+
+
+def _figures(pictures: Sequence[EmbeddedPng]) -> str:
+    return f'<div class="figures">{"".join(map(_picture, pictures))}</div>' if pictures else ""
 
 
 def _table(table: Table) -> str:
@@ -104,7 +125,9 @@ def _table(table: Table) -> str:
 
 
 def _cell(tag: str, value: Any, right: bool) -> str:
-    return f"<{tag}{' class=n' if right else ''}>{escape(cell_text(value))}</{tag}>"
+    text = cell_text(value)
+    kind = " class=n" if right else " class=v" if text.endswith(("]", ")")) and len(text) < 40 else ""
+    return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
 
 def _is_number(value: Any) -> bool:
@@ -112,11 +135,11 @@ def _is_number(value: Any) -> bool:
 
 
 def cell_text(value: Any) -> str:
-    """A cell's text: four significant digits of a float, a dash for nothing."""
+    """A cell's text: three significant digits of a float, a dash for nothing."""
     if value is None or (isinstance(value, float) and value != value):
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+        return f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or not value else f"{value:.2e}"
     return str(value)
 
 
@@ -132,7 +155,7 @@ def rounded(value: Any) -> Any:
 def _picture(picture: EmbeddedPng) -> str:
     data = base64.b64encode(picture.png).decode("ascii")
     caption = escape(picture.caption)
-    # pictures are drawn at 120 dots per inch; at 96 they have their natural size
-    width = round(picture.width * 96 / 120)
-    image = f'<img src="data:image/png;base64,{data}" alt="{caption}" style="width:{width}px" loading="lazy">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    # half of the page's width holds most pictures; wide ones take all of it. A click shows the natural size.
+    kind = "wide" if picture.width > WIDE * picture.height else ""
+    image = f'<img src="data:image/png;base64,{data}" alt="{caption}" loading="lazy">'
+    return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'

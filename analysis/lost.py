@@ -28,6 +28,7 @@ from models.vit import MergingViT
 
 from . import charts
 from .inputs import ImageBatches, as_list, evaluation
+from .intervals import difference, mean, text
 from .panels import stretch
 from .walk import Layer, allow_any_size, attention, check_layer, per_patch, qkv, to_grid, walk
 
@@ -72,6 +73,7 @@ FEATURES = ("k", "q", "v")
 SWEEP_LAYERS, SWEEP_BIASES = 4, tuple(round(0.0 - 0.1 * step, 1) for step in range(11))
 DINO_HEAD = 4  # of the published baseline
 WIDE = 4  # pictures of a single model in a row
+HIT = 0.5  # overlap from which a box has found an object
 VIEWS = ("pred", "fms", "seed", "none")
 
 # One image
@@ -185,9 +187,14 @@ def best_overlap(box: Box, objects: np.ndarray) -> float:
     return float(box_iou(box, objects).max())
 
 
-def corloc(overlaps: Sequence[float], least: float = 0.5) -> float:
-    """Percentage of images whose box overlaps some object by at least `least`."""
-    return 100.0 * float(np.mean(np.asarray(overlaps) >= least)) if len(overlaps) else float("nan")
+def corloc(overlaps: Sequence[float], least: float = HIT) -> float:
+    """Share (a fraction) of images whose box overlaps some object by at least `least`."""
+    return float(np.mean(np.asarray(overlaps) >= least)) if len(overlaps) else float("nan")
+
+
+def hits(overlaps: Sequence[float]) -> np.ndarray:
+    """Which images (I,) count for CorLoc: 1 or 0."""
+    return (np.asarray(overlaps) >= HIT).astype(float)
 
 
 @dataclass(frozen=True)
@@ -261,6 +268,7 @@ class ShownScene:
     lost: LostBox
     dino_seg: Box | None
     objects: np.ndarray | None  # (n,4)
+    name: str = ""
 
 
 @dataclass
@@ -350,7 +358,7 @@ def measure(
                 picture = scene.picture
                 if picture is None:
                     picture = stretch(scene.image).permute(1, 2, 0).cpu().numpy()
-                result.shown.append(ShownScene(picture, boxes.lost, boxes.dino_seg, scene.boxes))
+                result.shown.append(ShownScene(picture, boxes.lost, boxes.dino_seg, scene.boxes, scene.name))
     return result
 
 
@@ -370,20 +378,26 @@ def _scenes(images: ImageBatches | Iterable[Scene]) -> Iterator[Scene]:
             yield from (Scene(image) for image in (item if isinstance(item, Tensor) else item[0]))
 
 
-def summarise(result: LostResult) -> dict[str, Any]:
-    """CorLoc of the chosen setting, of the baseline, and the best of a sweep (chosen on the same images: inflated)."""
+def summarise(result: LostResult, baseline: LostResult | None = None) -> dict[str, Any]:
+    """CorLoc (fractions, with intervals over images) of the chosen setting, of both baselines, and of a sweep.
 
-    def percent(overlaps: list[float]) -> float | None:
-        return corloc(overlaps) if overlaps else None
-
-    row: dict[str, Any] = {
-        "label": result.label,
-        "n_images": len(result.overlaps) or len(result.images),
-        "corloc": percent(result.overlaps),
-        "mean_iou": float(np.mean(result.overlaps)) if result.overlaps else None,
-        "dino_seg": percent(result.dino_seg_overlaps),
-        "whole_image": percent(result.whole_image_overlaps),
+    Args:
+        baseline: another model on the same images, whose difference is given, paired by image.
+    """
+    row: dict[str, Any] = {"label": result.label, "n_images": len(result.overlaps) or len(result.images)}
+    whole = hits(result.whole_image_overlaps)
+    named = {
+        "corloc": result.overlaps,
+        "dino_seg": result.dino_seg_overlaps,
+        "whole_image": result.whole_image_overlaps,
     }
+    for name, overlaps in named.items():
+        row |= mean(hits(overlaps)).named(name) if overlaps else {name: None}
+    row["mean_iou"] = float(np.mean(result.overlaps)) if result.overlaps else None
+    if result.overlaps:
+        row |= difference(whole, hits(result.overlaps)).named("corloc_minus_whole_image")
+    if result.overlaps and baseline is not None and len(baseline.overlaps) == len(result.overlaps):
+        row |= difference(hits(baseline.overlaps), hits(result.overlaps)).named("corloc_minus_first_model")
     if result.swept_overlaps:
         table = sorted(
             ((corloc(values), setting) for setting, values in result.swept_overlaps.items()), key=lambda x: -x[0]
@@ -403,6 +417,51 @@ def _plain(setting: LostSetting) -> dict[str, Any]:
 Cell = Callable[[Axes], Any]
 
 
+@charts.styled
+def draw_corloc(results: LostResult | Sequence[LostResult]) -> Figure:
+    """Draw CorLoc of LOST, DINO-seg and of the whole image as the box, with 95 % intervals over images."""
+    results = [result for result in as_list(results) if result.overlaps]
+    figure, axes = charts.new_figure(1, 1, 6.4, 0.9 + 0.5 * len(results), "Object localisation: CorLoc")
+    ax = axes[0, 0]
+    kinds = (("LOST", 1, "overlaps"), ("DINO-seg", 0, "dino_seg_overlaps"))
+    whole = mean(hits(results[0].whole_image_overlaps))
+    span = whole.ci95 or (whole.value, whole.value)
+    ax.axvspan(100 * span[0], 100 * span[1], color=charts.FAINT, alpha=0.18, lw=0)
+    ax.axvline(
+        100 * whole.value, color=charts.INK, lw=1, ls=":", label=f"the whole image as the box {text(whole, 1, 100)}"
+    )
+    for y, result in enumerate(results):
+        for index, (name, colour, field_name) in enumerate(kinds):
+            overlaps = getattr(result, field_name)
+            value = mean(hits(overlaps)) if overlaps else None
+            if value is None or not value.shown:
+                continue
+            ends = None if value.ci95 is None else [100 * bound for bound in value.ci95]
+            charts.dots(ax, y + 0.24 * index - 0.12, 100 * value.value, ends, charts.colour_of(colour), across=True)
+            place = dict(textcoords="offset points", va="center", fontsize=7)
+            at = 100 * (value.ci95[1] if value.ci95 else value.value)
+            ax.annotate(f"{name} {100 * value.value:.1f}", (at, y + 0.24 * index - 0.12), (4, 0), **place)
+    ax.set_yticks(range(len(results)), [f"{result.label} (n = {len(result.overlaps)})" for result in results])
+    ax.set_ylim(len(results) - 0.5, -0.5)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("images whose box overlaps an object by half or more (%)")
+    ax.grid(False, axis="y")
+    figure.legend(loc="outside upper right")
+    charts.footer(
+        figure,
+        f"LOST: {_setting_text(results[0].setting)}. Lines and band: 95 % over images. "
+        "At the level of the whole image boxes say nothing about features.",
+    )
+    return figure
+
+
+def _setting_text(setting: LostSetting) -> str:
+    options = setting.options
+    parts = [f"{setting.feat} of block {setting.layer}", f"k={options.k}", *(["centred"] if options.center else [])]
+    parts += ["unit length"] if options.normalize else ["raw"]
+    return ", ".join([*parts, f"bias {options.bias:g}"])
+
+
 def draw(results: LostResult | Sequence[LostResult], view: str = "pred") -> Figure:
     """Draw the kept images: rows are images and columns models; a single model's pictures fill the rows.
 
@@ -410,58 +469,69 @@ def draw(results: LostResult | Sequence[LostResult], view: str = "pred") -> Figu
         view: "pred": boxes and objects; "fms": similarity to the seed and inverse degrees; "seed": its expansion.
     """
     results = as_list(results)
+    limits = charts.common_limits([scene.lost.similarity for result in results for scene in result.shown])
     cells: list[list[Cell]] = [[] for _ in results[0].shown]
     columns: list[str] = []
+    bars: list[charts.Bar] = []
     for result in results:
         label = result.label
         columns += {"pred": [label], "fms": ["image", f"{label}: seed", "inverse degree"], "seed": [label]}[view]
+        if view == "fms":
+            bars += [charts.Bar((len(columns) - 2,) * 2, limits, "product with the seed")]
+            bars += [charts.Bar((len(columns) - 1,) * 2, (0.0, 1.0), "least degree / degree")]
         for row, scene in zip(cells, result.shown, strict=True):
-            row += {"pred": _pred_cells, "fms": _fms_cells, "seed": _seed_cells}[view](scene, result.patch)
-    title = None
+            row += {"pred": _pred_cells, "fms": _fms_cells, "seed": _seed_cells}[view](scene, result.patch, limits)
+    captions: list[str] | None = [scene.name for scene in results[0].shown]
     if len(columns) == 1:
-        title, columns = columns[0], []
+        columns, captions = [], None
         cells = [[cell[0] for cell in cells[at : at + WIDE]] for at in range(0, len(cells), WIDE)]
     notes = {
-        "pred": "orange: LOST; blue, dashed: DINO-seg; green: objects",
-        "fms": "similarity to the seed (outlined), and 1 / degree",
-        "seed": "red: seed; magenta: patches that joined it; orange: box of the expanded seed",
+        "pred": "orange: LOST (IoU with the best object; hit from 0.5); blue, dashed: DINO-seg; green: objects",
+        "fms": "products of features with the seed's (outlined); patches like few others have a high inverse degree",
+        "seed": "red: seed; magenta: patches that joined; yellow: box of the seed alone; orange: of the expanded one",
     }
-    return charts.picture_table(cells, columns, title=title, aspect=0.8, note=notes[view])
+    title = f"LOST, {_setting_text(results[0].setting)}"
+    return charts.picture_table(cells, columns, captions, title, aspect=0.85, note=notes[view], bars=bars)
 
 
-def _pred_cells(scene: ShownScene, patch: int) -> list[Cell]:
+def _pred_cells(scene: ShownScene, patch: int, limits: tuple[float, float]) -> list[Cell]:
     def cell(ax: Axes) -> None:
         charts.show_image(ax, scene.picture)
         for known in () if scene.objects is None else scene.objects:
             charts.draw_box(ax, known, charts.colour_of(2))
         if scene.dino_seg is not None:
-            charts.draw_box(ax, scene.dino_seg, charts.colour_of(0), dashed=True)
-        charts.draw_box(ax, scene.lost.box, charts.colour_of(1))
+            charts.draw_box(ax, scene.dino_seg, charts.colour_of(0), dashed=True, inset=2)
+        charts.draw_box(ax, scene.lost.box, charts.colour_of(1), inset=4)
+        if scene.objects is not None:
+            iou = best_overlap(scene.lost.box, scene.objects)
+            ax.set_xlabel(f"{'hit' if iou >= HIT else 'miss'}, IoU {iou:.2f}", fontsize=7.5, labelpad=2)
 
     return [cell]
 
 
-def _fms_cells(scene: ShownScene, patch: int) -> list[Cell]:
+def _fms_cells(scene: ShownScene, patch: int, limits: tuple[float, float]) -> list[Cell]:
     grid = scene.lost.mask.shape
     seed = np.zeros(grid, dtype=bool)
     seed[divmod(scene.lost.seed, grid[1])] = True
-    degrees = 1 / np.maximum(scene.lost.degrees.reshape(grid), 1)
+    degrees = np.maximum(scene.lost.degrees.reshape(grid), 1)
     return [
         charts.image_cell(scene.picture),
-        charts.map_cell(scene.lost.similarity.reshape(grid), marked=seed),
-        charts.map_cell(degrees, marked=seed),
+        charts.map_cell(scene.lost.similarity.reshape(grid), limits, marked=seed),
+        charts.map_cell(degrees.min() / degrees, (0.0, 1.0), marked=seed),
     ]
 
 
-def _seed_cells(scene: ShownScene, patch: int) -> list[Cell]:
-    columns = scene.lost.mask.shape[1]
+def _seed_cells(scene: ShownScene, patch: int, limits: tuple[float, float]) -> list[Cell]:
+    grid = scene.lost.mask.shape
 
     def cell(ax: Axes) -> None:
         charts.show_image(ax, scene.picture)
         for index in scene.lost.expansion:
-            charts.mark_patch(ax, divmod(int(index), columns), patch, "#ff3df2")
-        charts.mark_patch(ax, divmod(scene.lost.seed, columns), patch)
-        charts.draw_box(ax, scene.lost.box, charts.colour_of(1))
+            charts.mark_patch(ax, divmod(int(index), grid[1]), patch, "#ff3df2")
+        charts.mark_patch(ax, divmod(scene.lost.seed, grid[1]), patch)
+        alone = component_box(scene.lost.similarity.reshape(grid) > 0, scene.lost.seed, patch)
+        charts.draw_box(ax, clip_box(alone, scene.picture.shape[:2]), "#ffe119")
+        charts.draw_box(ax, scene.lost.box, charts.colour_of(1), inset=3)
 
     return [cell]
 
@@ -472,8 +542,8 @@ def _seed_cells(scene: ShownScene, patch: int) -> list[Cell]:
 def add_parser(subparsers: Any) -> None:
     from .command import add_command
 
-    text = "LOST object localisation: boxes, CorLoc on Pascal VOC, and DINO-seg as the baseline"
-    parser = add_command(subparsers, "lost", run, text)
+    about = "LOST object localisation: boxes, CorLoc on Pascal VOC, and DINO-seg as the baseline"
+    parser = add_command(subparsers, "lost", run, about)
     parser.add_argument("--voc", type=Path, metavar="FOLDER", help="Pascal VOC tree (instead of --data: no boxes)")
     parser.add_argument("--year", type=int, choices=(2007, 2012), help="of a VOCdevkit that holds both")
     parser.add_argument("--set", default="trainval", help="list of ImageSets/Main (default: trainval)")
@@ -507,7 +577,8 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     models = command.load_models(args, main_argv)
     items = open_images(args)
     limit = models[0].args.limit
-    items = items[:: math.ceil(len(items) / limit)] if limit else items
+    total = len(items)
+    items = items[:: math.ceil(total / limit)] if limit else items
     for loaded in models:
         check_setting(loaded.model, setting, args.head, loaded.label)
         allow_any_size(loaded.model)
@@ -516,7 +587,10 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     options = {"setting": setting, "head": args.head, "sweep": args.sweep, "show": show, "report": log}
     options["every"] = max(1, len(items) // show) if show else 1
     results = [measure(m.model, _read_scenes(items, m), **options, label=m.label) for m in models]
-    rows = [summarise(result) for result in results]
+    rows = [summarise(result, results[0]) for result in results]
+    for row in out.run["models"]:  # each image has its own size, so its own number of tokens
+        row.update(input_size="each image's own", tokens=None, gmacs=None)
+    out.about(_data_note(args, len(items), total))
     out.json("lost", {"setting": _plain(setting), "no_hard": args.no_hard, "models": rows})
     out.json("preds", {result.label: result.images for result in results})
     overlaps = {f"iou/{result.label}": np.array(result.overlaps) for result in results if result.overlaps}
@@ -524,8 +598,10 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     for row in rows:
         if row["corloc"] is not None:
             log(_line(row))
+    if any(result.overlaps for result in results):
+        out.figure("lost_corloc", draw_corloc(results))
     if args.visualize != "none" and show:
-        out.png(f"lost_{args.visualize}", draw(results, args.visualize))
+        out.figure(f"lost_{args.visualize}", draw(results, args.visualize))
 
 
 def setting_of(args: Namespace) -> LostSetting:
@@ -563,7 +639,18 @@ def _read_scenes(items: Sequence["Annotated"], loaded: "Loaded") -> Iterator[Sce
             yield Scene(transform(picture), item.boxes, item.name, np.asarray(picture) / 255.0)
 
 
+def _data_note(args: Namespace, used: int, total: int) -> str:
+    from .command import ordinal
+
+    every = f", every {ordinal(math.ceil(total / used))} of {total}" if used < total else ""
+    return f"{args.voc or args.data}: {used} images{every}, at their own size"
+
+
 def _line(row: dict[str, Any]) -> str:
-    dino_seg = "" if row["dino_seg"] is None else f", DINO-seg {row['dino_seg']:.2f} %"
-    whole = f", the whole image as box {row['whole_image']:.2f} %"
-    return f"{row['label']}: CorLoc {row['corloc']:.2f} %{dino_seg}{whole} ({row['n_images']} images)"
+    parts = [f"{row['label']}: CorLoc {100 * row['corloc']:.2f} %"]
+    parts += [] if row["dino_seg"] is None else [f"DINO-seg {100 * row['dino_seg']:.2f} %"]
+    gap = row["corloc_minus_whole_image_ci95"]
+    ends = "" if gap is None else f" [{100 * gap[0]:+.1f}, {100 * gap[1]:+.1f}]"
+    whole = f"the whole image as box {100 * row['whole_image']:.2f} % (LOST less it: "
+    whole += f"{100 * row['corloc_minus_whole_image']:+.1f}{ends})"
+    return ", ".join([*parts, f"{whole} ({row['n_images']} images)"])

@@ -25,7 +25,17 @@ from models.schedule import format_schedule
 from models.vit import MergingViT
 
 from .inputs import ImageBatches, evaluation
-from .panels import Scale, draw_groups, draw_heat, draw_pairs, lay_out, mean_colours, stretch, to_picture
+from .panels import (
+    Scale,
+    draw_groups,
+    draw_heat,
+    draw_pairs,
+    draw_windows,
+    lay_out,
+    mean_colours,
+    stretch,
+    to_picture,
+)
 from .walk import Layer, in_parts, patch_grid, walk
 
 VIEWS = ("groups", "sizes", "pairs", "criteria")
@@ -58,11 +68,17 @@ class BlockMerge:
     size: Tensor  # (B,n) patches in the outgoing token of each patch
     pairs: Tensor  # (B,r,2) incoming patch tokens: a merged one, and the one that it joined
     criteria: dict[str, Tensor] = field(default_factory=dict)  # (B,n) each, see `token_scores`
+    windows: int = 0  # per side, that the merges kept to; 0: none
 
     @property
     def tokens(self) -> int:
         """Patch tokens left."""
         return int(self.group.max()) + 1
+
+    @property
+    def incoming(self) -> int:
+        """Patch tokens that enter."""
+        return int(self.group_in.max()) + 1
 
 
 # Mathematics
@@ -95,7 +111,9 @@ def _block_merge(layer: Layer, with_criteria: bool) -> BlockMerge:
     criteria = token_scores(layer) if with_criteria else {}
     grids = {name: values.gather(1, layer.before.group).cpu() for name, values in criteria.items()}
     pairs = _pairs(layer.merge, layer.num_prefix_tokens, layer.before.group)
-    return BlockMerge(layer.index, layer.before.group.cpu(), layer.after.group.cpu(), size.cpu(), pairs.cpu(), grids)
+    groups = layer.before.group.cpu(), layer.after.group.cpu()
+    windows = layer.rule.windows() if layer.plan.local else 0
+    return BlockMerge(layer.index, *groups, size.cpu(), pairs.cpu(), grids, windows)
 
 
 def _pairs(merge: Merge | None, num_prefix_tokens: int, group: Tensor) -> Tensor:
@@ -110,7 +128,7 @@ def _joined(parts: tuple[BlockMerge, ...]) -> BlockMerge:
         name: torch.cat([getattr(part, name) for part in parts]) for name in ("group_in", "group", "size", "pairs")
     }
     criteria = {name: torch.cat([part.criteria[name] for part in parts]) for name in parts[0].criteria}
-    return BlockMerge(parts[0].index, **tensors, criteria=criteria)
+    return BlockMerge(parts[0].index, **tensors, criteria=criteria, windows=parts[0].windows)
 
 
 def has_token_scores(rule: Method) -> bool:
@@ -253,6 +271,7 @@ def draw(result: MergedTokensResult, views: Sequence[str] = ("groups",), blocks:
     drawing = _Drawing.of(result, views, spread_blocks(len(result.blocks)) if blocks is None else blocks)
     grid, cell = result.grid, max(MIN_CELL, round(PANEL / max(result.grid)))
     titles = [("input", f"{grid[0] * grid[1]} patches"), *(_title(block) for block in drawing.blocks)]
+    entering = ", ".join(str(block.incoming) for block in drawing.blocks)
     lines = [(image, view) for image in range(len(result.pictures)) for view in drawing.views]
     if len(lines) * len(titles) * cell**2 * grid[0] * grid[1] > MAX_PIXELS:
         raise UserError("the picture would be too large; draw fewer images (--num_images), blocks or views")
@@ -261,8 +280,22 @@ def draw(result: MergedTokensResult, views: Sequence[str] = ("groups",), blocks:
         row = [to_picture(result.pictures[image], grid, cell)]
         rows.append(row + [drawing.panel(view, block, image, cell) for block in drawing.blocks])
         plain = drawing.views == ("groups",)
-        captions.append(result.captions[image] + ("" if plain else f" \N{MIDDLE DOT} {LABELS.get(view, view)}"))
-    return lay_out(rows, titles, captions, [drawing.scales.get(view) for _, view in lines])
+        caption = result.captions[image] + ("" if plain else f" \N{MIDDLE DOT} {LABELS.get(view, view)}")
+        # criteria are those of the tokens that enter a block, which are more than its title says
+        caption += (
+            f" \N{MIDDLE DOT} of the tokens that enter the blocks: {entering}" if view in drawing.criteria else ""
+        )
+        captions.append(caption)
+    return lay_out(rows, titles, captions, [drawing.scales.get(view) for _, view in lines], heading(result))
+
+
+def heading(result: MergedTokensResult) -> str:
+    """Model, method and r in one line."""
+    merging = f"{result.method}, r = {result.r}" if any(b.pairs.shape[1] for b in result.blocks) else "nothing merges"
+    registers = f", {result.num_registers} registers" if result.num_registers else ""
+    windows = max((block.windows for block in result.blocks), default=0)
+    note = f"; dashed: windows ({windows} x {windows}) that merges keep to" if windows else ""
+    return f"{result.label}: {merging}{registers}{note}"
 
 
 def draw_frames(
@@ -279,12 +312,14 @@ def draw_frames(
     cell, captions = max(2, FRAME_PANEL // max(grid)), result.captions[:count]
     inputs = [to_picture(image, grid, cell) for image in result.pictures[:count]]
     patches = ("input", f"{grid[0] * grid[1]} patches")
-    blank = [np.full_like(inputs[0], 240)] * len(drawing.views)
-    yield lay_out([[image, *blank] for image in inputs], [patches, *[("", "")] * len(blank)], captions)
+    count_views = len(drawing.views)
+    before = [("before block 0", patches[1])] * count_views
+    yield lay_out([[image] * (1 + count_views) for image in inputs], [patches, *before], captions, (), heading(result))
     for block in drawing.blocks:
         panels = [[drawing.panel(view, block, i, cell) for view in drawing.views] for i in range(count)]
         titles = [patches, *(drawing.frame_title(view, block) for view in drawing.views)]
-        yield lay_out([[image, *row] for image, row in zip(inputs, panels, strict=True)], titles, captions)
+        rows = [[image, *row] for image, row in zip(inputs, panels, strict=True)]
+        yield lay_out(rows, titles, captions, (), heading(result))
 
 
 @dataclass(frozen=True)
@@ -295,6 +330,11 @@ class _Drawing:
     views: tuple[str, ...]  # "criteria" spelled out
     blocks: list[BlockMerge]
     scales: dict[str, Scale]  # of the views that have one: the same for all images and blocks
+
+    @property
+    def criteria(self) -> set[str]:
+        """Views of values that a method decides by, of the tokens that enter a block."""
+        return set(self.scales) - {"sizes"}
 
     @classmethod
     def of(cls, result: MergedTokensResult, views: Sequence[str], blocks: Sequence[int]) -> "_Drawing":
@@ -317,7 +357,8 @@ class _Drawing:
         before, after = block.group_in[image].view(grid).numpy(), block.group[image].view(grid).numpy()
         if view == "groups":
             colours = mean_colours(pictures[image : image + 1], block.group[image : image + 1], grid)
-            return draw_groups(colours.view(*grid, 3).numpy(), after, cell, line=2 if cell >= WIDE else 1)
+            drawn = draw_groups(colours.view(*grid, 3).numpy(), after, cell, line=2 if cell >= WIDE else 1)
+            return draw_windows(drawn, block.windows) if block.windows else drawn
         if view == "pairs":
             return draw_pairs(to_picture(pictures[image], grid, cell), before, block.pairs[image].numpy(), cell)
         values = (block.size if view == "sizes" else block.criteria[view])[image].view(grid).numpy()

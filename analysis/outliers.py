@@ -4,6 +4,7 @@ Shapes: B batch, N tokens, C channels. All sums are in fp32 or better.
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -93,6 +94,8 @@ def bin_edges(bins: int = BINS) -> np.ndarray:
 class Rule:
     """A rule that tells outliers: `quantile:0.98`, `sigma:3` (mean + 3 std), `ratio:3` (3 medians), `abs:150`."""
 
+    HELP: ClassVar[str] = "quantile:Q, sigma:K (mean + K std), ratio:M (M medians) or abs:NORM, made on the first model"
+
     name: str
     value: float
 
@@ -128,6 +131,69 @@ class Rule:
 
 
 DEFAULT_RULE = Rule("quantile", 0.98)
+SHARED, SCALED = "shared", "shared_scaled"  # the cut as it is, and scaled by the medians
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The one cut by which all models of a comparison are judged: that of a rule on the first model's patches.
+
+    A rule of each model's own cannot show a difference: its own 98 % quantile always labels 2 %. Where all norms of a
+    model are smaller, on the other hand, fewer lie above a shared cut although their spread may be the same. So two
+    cuts are applied side by side, the shared one and the shared one times the ratio of the models' medians.
+
+    Attributes:
+        rule: that made the cut.
+        of: label of the model that it was made on.
+        cut: the norm above which a patch is an outlier.
+        median: of the norms of that model's patches.
+    """
+
+    rule: Rule
+    of: str
+    cut: float
+    median: float
+
+    @classmethod
+    def made_on(cls, histogram: Histogram, rule: Rule = DEFAULT_RULE, label: str = "model") -> "Yardstick":
+        """The yardstick that a rule makes of the patch norms of one model."""
+        return cls(rule, label, rule.cut(histogram), histogram.quantile(0.5))
+
+    def cuts(self, histogram: Histogram) -> dict[str, float]:
+        """The two cuts for a model with these norms: as it is (`SHARED`), and scaled by the medians (`SCALED`)."""
+        return {SHARED: self.cut, SCALED: self.cut * histogram.quantile(0.5) / self.median}
+
+    @property
+    def own_share(self) -> float | None:
+        """The share of its own model's patches that lies above, where the rule alone decides it."""
+        return 1 - self.rule.value if self.rule.name == "quantile" else None
+
+    def __str__(self) -> str:
+        own = "" if self.rule.name == "abs" else f", {self.rule} of {self.of}"
+        return f"norm > {self.cut:.1f}{own}"
+
+
+def describe_cuts(yardstick: Yardstick, scaled: dict[str, float]) -> str:
+    """A line for figures: the shared cut, the scaled one of every model (by label) that differs, and what is circular.
+
+    Args:
+        scaled: the cut scaled by the medians, by the model's label.
+    """
+    text = f"outliers: {yardstick} (shared by all models)" if len(scaled) > 1 else f"outliers: {yardstick}"
+    others = [f"{cut:.1f} in {label}" for label, cut in scaled.items() if abs(cut - yardstick.cut) > 1e-3 * cut]
+    if others:
+        text += f"; scaled by the medians: {', '.join(others)}"
+    if yardstick.own_share is not None:
+        text += f". {yardstick.of} has {100 * yardstick.own_share:g} % above it by construction: a model's own "
+        text += "quantile always finds its share"
+    return text
+
+
+# what `bimodality` gives for distributions of one mode: beside these its numbers are to be read
+BIMODALITY_REFERENCES = {
+    "normal": {"otsu_between": 2 / np.pi, "sarle": 1 / 3},
+    "uniform": {"otsu_between": 0.75, "sarle": 5 / 9},
+}
 
 
 def bimodality(histogram: Histogram) -> dict[str, float]:
@@ -162,3 +228,9 @@ def bimodality(histogram: Histogram) -> dict[str, float]:
         "otsu_between": float(between.max() / variance),
         "sarle": float((skewness**2 + 1) / kurtosis),
     }
+
+
+def add_outlier_rule(parser: Any, default: Rule = DEFAULT_RULE) -> None:
+    """Add --outlier_rule, as text: `Rule.parse` reads it in the command, whose errors say what is wrong."""
+    text = f"which patches are outliers: {Rule.HELP} (default: {default})"
+    parser.add_argument("--outlier_rule", default=str(default), metavar="RULE", help=text.replace("%", "%%"))

@@ -104,6 +104,18 @@ def draw_heat(values: np.ndarray, group: np.ndarray, scale: Scale, cell: int) ->
     return draw_groups(scale.colours(values), group, cell, line=1)
 
 
+def draw_windows(picture: np.ndarray, count: int) -> np.ndarray:
+    """Draw the borders of count x count windows as dashed white lines on a panel."""
+    canvas = Image.fromarray(picture)
+    draw, (height, width) = ImageDraw.Draw(canvas), picture.shape[:2]
+    for part in range(1, count):
+        x, y = part * width // count, part * height // count
+        for start in range(0, max(height, width), 12):
+            draw.line((x, start, x, start + 6), BRIGHT[:3], 2)
+            draw.line((start, y, start + 6, y), BRIGHT[:3], 2)
+    return np.asarray(canvas)
+
+
 def draw_pairs(picture: np.ndarray, group: np.ndarray, pairs: np.ndarray, cell: int) -> np.ndarray:
     """Draw what merged into what: a line from each patch of a merged token to the middle of the token that it joined.
 
@@ -185,18 +197,26 @@ def lay_out(
     titles: Sequence[tuple[str, str]],
     captions: Sequence[str],
     scales: Sequence[Scale | None] = (),
+    heading: str = "",
 ) -> Any:
-    """Make one picture: rows of panels, captions underneath, a title (two lines) per column, scales at the right."""
+    """Make one picture: rows of panels, captions underneath, a title (two lines) per column, scales at the right.
+
+    Args:
+        heading: a line above all.
+    """
     height, width = rows[0][0].shape[:2]
-    top, row_height = GAP + TEXT + SMALL + 16, height + SMALL + GAP + 6
+    above = TEXT + 10 if heading else 0
+    top, row_height = above + GAP + TEXT + SMALL + 16, height + SMALL + GAP + 6
     size = (GAP + len(titles) * (width + GAP) + LEGEND * any(scales), top + len(rows) * row_height)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     large, small = ImageFont.load_default(TEXT), ImageFont.load_default(SMALL)
+    if heading:
+        draw.text((GAP, GAP), heading, INK, large, anchor="lt")
     for column, (title, below) in enumerate(titles):
         middle = GAP + column * (width + GAP) + width // 2
-        draw.text((middle, GAP), title, INK, large, anchor="mt")
-        draw.text((middle, GAP + TEXT + 6), below, FAINT, small, anchor="mt")
+        draw.text((middle, above + GAP), title, INK, large, anchor="mt")
+        draw.text((middle, above + GAP + TEXT + 6), below, FAINT, small, anchor="mt")
     for line, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         y = top + line * row_height
         for column, picture in enumerate(row):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from models.errors import UserError
 from models.vit import MergingViT
 
-from .outliers import Rule, norms
+from .intervals import Estimate, estimate, mean_over, ratio
+from .outliers import Rule, add_outlier_rule, norms
 from .walk import Layer, check_layer, to_grid, walk
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ def mean_loss(probe: nn.Module, store: Store, indices: list[int], loss: Loss, ba
 class Split:
     """Per image the sums of some error over its outlier and over its normal patches, and how many there are.
 
-    Means are over patches; confidence intervals resample images, because patches of an image are not independent.
+    Means are over patches; intervals resample images, because patches of an image are not independent.
     """
 
     rows: list[Tensor] = field(default_factory=list)  # (B,4): outlier sum, outlier count, normal sum, normal count
@@ -276,38 +277,28 @@ class Split:
         e, o = errors.double(), outlier.double()
         self.rows.append(torch.stack(((e * o).sum(1), o.sum(1), (e * (1 - o)).sum(1), (1 - o).sum(1)), dim=1))
 
-    def summary(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
-        """Means of all, normal and outlier patches, and outlier / normal with a 95 % interval over images."""
-        table = torch.cat(self.rows)
-        total = table.sum(dim=0)
-        sampled = [_means(row) for row in resample(table, draws, seed)]
+    def estimates(self) -> dict[str, Estimate]:
+        """Mean over outlier and over normal patches, and their ratio; images with outliers contribute to it."""
+        table = torch.cat(self.rows).numpy()
         return {
-            **_means(total),
+            "outlier": mean_over(table[:, 0], table[:, 1]),
+            "normal": mean_over(table[:, 2], table[:, 3]),
+            "ratio": estimate(table, lambda row: ratio(ratio(row[0], row[1]), ratio(row[2], row[3])), table[:, 1] > 0),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Means of all, normal and outlier patches, and outlier / normal, each with interval and n of images."""
+        total = torch.cat(self.rows).sum(dim=0)
+        summary: dict[str, Any] = {}
+        for name, value in self.estimates().items():
+            summary |= value.named(name)
+        return {
+            **summary,
             "all": float((total[0] + total[2]) / (total[1] + total[3])),
             "outlier_patches": int(total[1]),
             "normal_patches": int(total[3]),
-            "images": len(table),
-            **{f"{name}_ci95": interval([row[name] for row in sampled]) for name in ("outlier", "normal", "ratio")},
+            "images": sum(map(len, self.rows)),
         }
-
-
-def _means(row: Tensor) -> dict[str, Any]:
-    outlier, normal = (float(row[i] / row[i + 1]) if row[i + 1] > 0 else float("nan") for i in (0, 2))
-    return {"outlier": outlier, "normal": normal, "ratio": outlier / normal if normal else float("nan")}
-
-
-def resample(table: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
-    """Yield sums over images drawn with replacement: (images,k) -> `draws` times (k,)."""
-    generator = np.random.default_rng(seed)
-    for _ in range(draws):
-        weight = np.bincount(generator.integers(0, len(table), len(table)), minlength=len(table))
-        yield torch.from_numpy(weight).double() @ table
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """The middle 95 % of the values that are numbers."""
-    finite = np.asarray([v for v in values if np.isfinite(v)])
-    return [float(v) for v in np.quantile(finite, (0.025, 0.975))] if len(finite) else [float("nan")] * 2
 
 
 @dataclass
@@ -325,22 +316,16 @@ class Matched:
                 sums = [error[first].sum(), error[second].sum(), value[first].sum(), value[second].sum()]
                 self.rows.append(torch.stack([*sums, pairs]))
 
-    def summary(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
-        """Means of both sides, their ratio with a 95 % interval over images, and how well the property matched."""
+    def summary(self) -> dict[str, Any]:
+        """Means of both sides, their ratio with its interval over images, and how well the property matched."""
         if not self.rows:
             return {"pairs": 0}
-        table = torch.stack(self.rows)
-        total = table.sum(dim=0)
-        means = (total[:4] / total[4]).tolist()
+        table = torch.stack(self.rows).numpy()
         names = ("outlier", "matched_normal", "outlier_property", "matched_property")
-        ratios = [float(row[0] / row[1]) for row in resample(table, draws, seed) if row[1] > 0]
-        return {
-            "pairs": int(total[4]),
-            "images": len(table),
-            **dict(zip(names, means, strict=True)),
-            "ratio": means[0] / means[1],
-            "ratio_ci95": interval(ratios),
-        }
+        summary: dict[str, Any] = {"pairs": int(table[:, 4].sum()), "images": len(table)}
+        for column, name in enumerate(names):
+            summary |= mean_over(table[:, column], table[:, 4]).named(name)
+        return summary | estimate(table, lambda row: ratio(row[0], row[1])).named("ratio")
 
 
 def nearest_normal(prop: Tensor, outlier: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,7 +341,8 @@ def nearest_normal(prop: Tensor, outlier: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_outlier_flags(parser: Any) -> None:
-    parser.add_argument("--outlier_rule", default="quantile:0.98", metavar="RULE", help="also sigma:3, ratio:3, abs:75")
+    """Add --outlier_rule and --outlier_layer."""
+    add_outlier_rule(parser)
     parser.add_argument("--outlier_layer", type=int, default=-1, metavar="BLOCK", help="whose output (default: last)")
 
 

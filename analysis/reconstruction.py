@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ from models.vit import MergingViT
 
 from . import charts
 from .inputs import ImageBatches, as_list, batches, evaluation
-from .outliers import DEFAULT_RULE, Histogram, Rule
+from .intervals import LEAST
+from .outliers import DEFAULT_RULE, SCALED, SHARED, Histogram, Rule, Yardstick, describe_cuts
 from .probing import (
     BATCH,
     Feature,
@@ -118,9 +120,12 @@ class ReconstructionResult:
     """The knowledge that a model's tokens hold of the pixels and the position of their patches.
 
     Attributes:
-        cut: the norm above which a patch is an outlier.
-        errors: numbers of the test images, as the json holds them: `mse`, `l2`, `explained` and others split into
-            outlier, normal and all patches; `matched` by property; `position` with top-1 in % and distance in cells.
+        yardstick: the shared cut, to be given to the measurement of the next model.
+        cuts: the shared cut and the one scaled by the medians.
+        held_back: positions of the test images among those measured.
+        numbers: of images that fit the probes, stop their training and test them.
+        errors: by cut, numbers of the test images, as the json holds them: `mse`, `l2`, `explained` and others split
+            into outlier, normal and all patches; `matched` by property; `position` with top-1 and distance in cells.
     """
 
     label: str
@@ -128,9 +133,17 @@ class ReconstructionResult:
     probe: str  # of PROBES
     target: str  # of TARGETS
     outlier_layer: int
-    cut: float
+    yardstick: Yardstick
+    cuts: dict[str, float]
     probes: Probes
-    errors: dict[str, Any]
+    held_back: list[int]
+    numbers: dict[str, int]
+    errors: dict[str, dict[str, Any]]
+
+    @property
+    def drawn(self) -> list[str]:
+        """The cuts that differ."""
+        return [SHARED] if abs(self.cuts[SHARED] - self.cuts[SCALED]) < 1e-6 * self.cuts[SHARED] else [SHARED, SCALED]
 
 
 def measure(
@@ -142,6 +155,7 @@ def measure(
     target: str = "raw",
     outlier_rule: Rule = DEFAULT_RULE,
     outlier_layer: int = -1,
+    yardstick: Yardstick | None = None,
     epochs: int = 20,
     seed: int = 0,
     label: str = "model",
@@ -154,7 +168,8 @@ def measure(
         feature: what the probes read, see `Feature`.
         probe: of the pixels: "linear" is solved exactly, "mlp" is trained.
         target: "raw" pixels as the model sees them, or "standardised" per patch.
-        outlier_rule: see `Rule`, on the norms of the images that train and validate.
+        outlier_rule: see `Rule`, on the norms of the images that train and validate, where there is no
+        yardstick: cut of another model that this one is compared with (its result's `yardstick`).
         outlier_layer: the block whose output is judged.
         epochs: at most, of the probes that are trained.
         report: takes a line per epoch.
@@ -175,7 +190,8 @@ def measure(
         histogram = Histogram()
         # the cut belongs to what is fitted: test images must not move it
         histogram.add(store.norms[folds.train + folds.val])
-        cut = outlier_rule.cut(histogram)
+        yardstick = yardstick or Yardstick.made_on(histogram, outlier_rule, label)
+        cuts = yardstick.cuts(histogram)
         true: Target = lambda images: patch_targets(images, patch, target == "standardised")  # noqa: E731
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -186,8 +202,10 @@ def measure(
             positions = _fit_positions(store, folds, epochs, seed, _prefixed(report, f"position probe of {label}, "))
         probes = Probes(pixels, positions)
         numbers = {"n_fit": len(folds.train), "n_stop": len(folds.val), "n_test": len(folds.test)}
-        errors = {"cut": cut, **numbers, **_test(vit, store, folds, probes, true, cut, grid)}
-    return ReconstructionResult(label, tokens, probe, target, outlier_layer, cut, probes, errors)
+        errors = {name: _test(vit, store, folds, probes, true, cut, grid) for name, cut in cuts.items()}
+    return ReconstructionResult(
+        label, tokens, probe, target, outlier_layer, yardstick, cuts, probes, folds.test, numbers, errors
+    )
 
 
 def _prefixed(report: Callable[[str], None] | None, prefix: str) -> Callable[[str], None]:
@@ -227,7 +245,7 @@ def _test(
             "brightness": patch_targets(images, patch).mean(dim=-1),
             "contrast": contrast(images, patch),
             "likeness": neighbour_similarity(model, images.to(device)).cpu(),
-            "top1": 100.0 * (guess == torch.arange(guess.shape[1])),
+            "top1": (guess == torch.arange(guess.shape[1])).double(),
             "distance": cell_distance(guess, grid),
         }
         for name, value in values.items():
@@ -252,8 +270,14 @@ def _summaries(splits: dict[str, Split], matched: dict[str, Matched]) -> dict[st
 
 
 def summarise(result: ReconstructionResult) -> dict[str, Any]:
-    """The row of one model, for json."""
-    return {"label": result.label, **result.errors}
+    """The row of one model, for json: errors under both cuts, shares as fractions."""
+    of = result.yardstick
+    return {
+        "label": result.label,
+        **result.numbers,
+        "outlier_cut": {"rule": str(of.rule), "of": of.of, "cut": of.cut},
+        **{name: {"cut": result.cuts[name], **errors} for name, errors in result.errors.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -263,7 +287,7 @@ class Reconstructions:
     images: Tensor  # (B,3,H,W) as the model sees them
     decoded: Tensor  # (B,3,H,W) the same from tokens
     error: np.ndarray  # (B,gh,gw) root mean square over a patch
-    outlier: np.ndarray  # (B,gh,gw) bool
+    norms: np.ndarray  # (B,gh,gw) by which outliers are told
 
 
 @torch.no_grad()
@@ -279,10 +303,9 @@ def reconstruct(model: VisionTransformer, images: ImageBatches, result: Reconstr
             if result.target == "standardised":
                 y = y * true.std(dim=-1, keepdim=True) + true.mean(dim=-1, keepdim=True)
             error = (y - true).square().mean(dim=-1).unflatten(1, grid).sqrt()
-            outlier = (lengths.cpu() > result.cut).unflatten(1, grid)
-            parts.append((batch.cpu(), fold_targets(y, patch, grid), error, outlier))
-    images, decoded, error, outlier = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Reconstructions(images, decoded, error.numpy(), outlier.numpy())
+            parts.append((batch.cpu(), fold_targets(y, patch, grid), error, lengths.cpu().unflatten(1, grid)))
+    images, decoded, error, lengths = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Reconstructions(images, decoded, error.numpy(), lengths.numpy())
 
 
 # Figures
@@ -292,84 +315,117 @@ def reconstruct(model: VisionTransformer, images: ImageBatches, result: Reconstr
 def draw(results: ReconstructionResult | Sequence[ReconstructionResult]) -> Figure:
     """Error of outlier, matched normal and all normal patches with 95 % intervals; position accuracy beside it."""
     results = as_list(results)
-    figure, axes = charts.new_figure(
-        1, 3, 3.6, 3.3, "Patch reconstruction, images held back", width_ratios=(2.3, 1.1, 1.1)
-    )
+    series = [(result, name) for result in results for name in result.drawn]
+    title = f"Patch reconstruction ({results[0].probe} probe, {results[0].target} pixels), images held back"
+    figure, axes = charts.new_figure(1, 3, 3.7 + 0.7 * len(series), 3.6, title, width_ratios=(2.6, 1.1, 1.1))
     panels = (
         ("mse", "mean squared error of a patch"),
         ("top1", "position, top-1 (%)"),
         ("distance", "position, cells off"),
     )
     for ax, (name, title) in zip(axes[0], panels, strict=True):
-        for index, result in enumerate(results):
-            _draw_bars(ax, _bars(result.errors, name), index, len(results), result.label)
+        for index, (result, cut) in enumerate(series):
+            _draw_bars(ax, _bars(result.errors[cut], name), index, len(series), _series_style(results, result, cut))
         ax.set_title(title, fontsize=9)
         ax.grid(False, axis="x")
+        ax.set_ylim(0, None)
+    chance = 100 / results[0].probes.positions.out_features  # type: ignore[operator]
+    axes[0, 1].axhline(chance, color=charts.INK, lw=1, ls=":", label=f"chance {chance:.2f} %")
+    axes[0, 1].legend(handles=axes[0, 1].lines[-1:], loc="upper left", fontsize=7)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    note = "whiskers: 95 % over images; outliers by " + "; ".join(map(_outlier_note, results))
-    figure.supxlabel(note, fontsize=7.5, color=charts.FAINT, x=0.01, ha="left")
-    if len(results) > 1:
-        figure.legend(handles, labels, loc="outside upper right")
+    figure.legend(handles, labels, loc="outside upper right", ncols=3)
+    contributing = "; ".join(
+        f"{result.label}, {'scaled' if cut == SCALED else 'shared'} cut {result.cuts[cut]:.1f}: "
+        f"{result.errors[cut]['mse']['outlier_patches']} outlier patches in {result.errors[cut]['mse']['outlier_n']} "
+        f"of n = {result.numbers['n_test']} images"
+        for result, cut in series
+    )
+    note = f"Whiskers: 95 % over images; nothing is drawn that fewer than {LEAST} images contribute to. "
+    scaled = {result.label: result.cuts[SCALED] for result in results}
+    charts.footer(figure, note + contributing, describe_cuts(results[0].yardstick, scaled))
     return figure
 
 
-Bar = tuple[str, float, list[float] | None]  # name, height, 95 % interval
+def _series_style(
+    results: Sequence[ReconstructionResult], result: ReconstructionResult, cut: str
+) -> tuple[str, str, bool]:
+    """Colour, label, and whether it is hatched."""
+    colour = charts.colour_of(results.index(result))
+    return colour, f"{result.label}, {'scaled' if cut == SCALED else 'shared'} cut", cut == SCALED
+
+
+Bar = tuple[str, float, Sequence[float] | None, int]  # name, height, 95 % interval, images
 
 
 def _bars(errors: dict[str, Any], name: str) -> list[Bar]:
     row = errors["mse"] if name == "mse" else errors["position"][name]
-    bars: list[Bar] = [(tokens, row[tokens], row[f"{tokens}_ci95"]) for tokens in ("normal", "outlier")]
+    factor = 100.0 if name == "top1" else 1.0
+    bars = [_bar(tokens, row, tokens, factor) for tokens in ("normal", "outlier")]
     if name == "mse":
-        matched = {key: row for key, row in errors["matched"].items() if row["pairs"]}
-        bars += [(f"normal, same\n{key}", row["matched_normal"], None) for key, row in matched.items()]
+        bars += [_bar(f"normal, same\n{key}", row, "matched_normal") for key, row in errors["matched"].items()]
     return bars
 
 
-def _outlier_note(result: ReconstructionResult) -> str:
-    mse = result.errors["mse"]
-    share = 100 * mse["outlier_patches"] / (mse["outlier_patches"] + mse["normal_patches"])
-    return f"norm > {result.cut:.1f} ({share:.1f} % of patches)"
+def _bar(title: str, row: dict[str, Any], name: str, factor: float = 1.0) -> Bar:
+    span = row.get(f"{name}_ci95")
+    return (
+        title,
+        factor * row.get(name, float("nan")),
+        None if span is None else [factor * s for s in span],
+        row.get(f"{name}_n", 0),
+    )
 
 
-def _draw_bars(ax: Axes, bars: Sequence[Bar], index: int, models: int, label: str) -> None:
-    width = 0.75 / models
-    x = np.arange(len(bars)) + (index - (models - 1) / 2) * width
-    colours = [charts.colour_of(index)] * len(bars)
-    if models == 1:
-        colours = [charts.COLOURS[1] if name == "outlier" else charts.COLOURS[0] for name, _, _ in bars]
-    heights = [value for _, value, _ in bars]
-    ax.bar(x, heights, width * 0.92, color=colours, alpha=0.85, label=label)
-    for position, (_, value, span) in zip(x, bars, strict=True):
-        top = value
-        if span is not None and np.isfinite(span).all():
+def _draw_bars(ax: Axes, bars: Sequence[Bar], index: int, count: int, style: tuple[str, str, bool]) -> None:
+    width = 0.8 / count
+    colour, label, hatched = style
+    x = np.arange(len(bars)) + (index - (count - 1) / 2) * width
+    face = dict(facecolor="white", edgecolor=colour, hatch="///") if hatched else dict(facecolor=colour, alpha=0.85)
+    ax.add_patch(Rectangle((0, 0), 0, 0, label=label, **face))  # type: ignore[arg-type]
+    for position, (_, value, span, images) in zip(x, bars, strict=True):
+        place = dict(textcoords="offset points", ha="center", fontsize=6.5)
+        if images < LEAST or not np.isfinite(value):
+            ax.annotate(f"n={images}", (position, 0), (0, 3), color=colour, rotation=90, **place)  # type: ignore[arg-type]
+            continue
+        ax.bar(position, value, width * 0.9, **face)  # type: ignore[arg-type]
+        if span is not None:
             ax.plot([position, position], span, color=charts.INK, lw=1.4)
-            top = span[1]
-        ax.annotate(f"{value:.3g}", (position, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
-    ax.set_xticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7)
+        ax.annotate(f"{value:.3g}", (position, value if span is None else span[1]), (0, 3), **place)  # type: ignore[arg-type]
+    ax.set_xticks(range(len(bars)), [name for name, *_ in bars], fontsize=7)
     ax.margins(y=0.14)
 
 
 def draw_images(
-    result: ReconstructionResult, shown: Reconstructions, to_pictures: Callable[[Tensor], np.ndarray]
+    results: ReconstructionResult | Sequence[ReconstructionResult],
+    shown: Reconstructions | Sequence[Reconstructions],
+    to_pictures: Callable[[Tensor], np.ndarray],
+    captions: Sequence[str] | None = None,
 ) -> Figure:
-    """Images, what the probe makes of their tokens, and the error, outliers outlined.
+    """Images, what each model's probe makes of their tokens, and the error on one scale; outliers are outlined.
 
     Args:
+        shown: of each result, of the same images; `held_back` of a result says which ones no probe has seen.
         to_pictures: turns images (B,3,H,W) as the model sees them into pictures (B,H,W,3) in [0, 1].
+        captions: names of the images.
     """
-    inputs, decoded = to_pictures(shown.images), to_pictures(shown.decoded)
-    cells = [
-        [
-            charts.image_cell(picture),
-            charts.image_cell(made),
-            charts.map_cell(error, limits=(0.0, 1.5), marked=outlier),
-        ]
-        for picture, made, error, outlier in zip(inputs, decoded, shown.error, shown.outlier, strict=True)
-    ]
-    columns = ["input", f"{result.probe} probe, {result.feature}", "error"]
-    captions = [f"error {error.mean():.2f}" for error in shown.error]
-    note = "error: root mean square of normalised pixels; red: outlier patches"
-    return charts.picture_table(cells, columns, captions, result.label, note=note)
+    results, shown = as_list(results), as_list(shown)
+    limits = 0.0, charts.common_limits([of_model.error for of_model in shown], 0.98)[1]
+    cells: list[list[charts.Cell]] = [[charts.image_cell(picture)] for picture in to_pictures(shown[0].images)]
+    columns, bars = ["input"], []
+    for result, of_model in zip(results, shown, strict=True):
+        pictures = zip(cells, to_pictures(of_model.decoded), of_model.error, of_model.norms, strict=True)
+        for row, made, error, lengths in pictures:
+            marked, also = lengths > result.cuts[SHARED], lengths > result.cuts[SCALED]
+            row += [charts.image_cell(made), charts.map_cell(error, limits, marked=marked, also=also)]
+        name = result.label if len(results) > 1 else f"{result.probe} probe, {result.feature}"
+        columns += [name, f"error {of_model.error.mean():.2f} (mean)"]
+        at = len(columns) - 1
+        bars.append(charts.Bar((at, at), limits, "RMS, normalised pixels", over=True))
+    scaled = {result.label: result.cuts[SCALED] for result in results}
+    note = "errors on one scale, which ends at the 98 % quantile; red: above the shared cut, orange: above the scaled "
+    note += "one only. " + describe_cuts(results[0].yardstick, scaled)
+    title = f"Reconstruction by a {results[0].probe} probe, images held back from it"
+    return charts.picture_table(cells, columns, captions, title, note=note, bars=bars)
 
 
 # Command
@@ -404,29 +460,26 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
         sets.append(command.Images(args, loaded, title=f"features of {loaded.label}", limit=limit))
         Folds.alternate(len(sets[-1]))
     out = command.Output(args, main_argv, models)
+    out.about(sets[0].note)
     options = {name: getattr(args, name) for name in ("probe", "target", "outlier_layer", "epochs")}
-    results = [
-        measure(
-            m.model,
-            images,
-            **options,
-            outlier_rule=rule,
-            feature=args.feat,
-            seed=m.args.seed,
-            label=m.label,
-            report=log,
-        )
-        for m, images in zip(models, sets, strict=True)
-    ]
+    options |= {"outlier_rule": rule, "feature": args.feat, "report": log}
+    results: list[ReconstructionResult] = []
+    for m, images in zip(models, sets, strict=True):
+        common = results[0].yardstick if results else None
+        results.append(measure(m.model, images, **options, yardstick=common, seed=m.args.seed, label=m.label))
     rows = [summarise(result) for result in results]
     head = {"probe": args.probe, "feat": args.feat, "target": args.target, "outlier_rule": str(rule), "models": rows}
     out.json("reconstruction", head)
     out.npz("reconstruction", {f"{i}/{k}": np.asarray(v) for i, row in enumerate(rows) for k, v in _flat(row).items()})
-    out.png("reconstruction_errors", draw(results))
-    for loaded, result in zip(models, results, strict=True) if args.show > 0 else ():
-        images = command.Images(args, loaded, title="pictures", limit=args.show)
-        name = "reconstruction_images" + (f"_{loaded.slug}" if len(models) > 1 else "")
-        out.png(name, draw_images(result, reconstruct(loaded.model, images, result), images.pictures))
+    out.figure("reconstruction_errors", draw(results))
+    if args.show > 0:
+        test = results[0].held_back
+        chosen = [
+            test[i] for i in np.unique(np.linspace(0, len(test) - 1, min(args.show, len(test))).round().astype(int))
+        ]
+        few = [images.only(chosen) for images in sets]
+        shown = [reconstruct(m.model, images, r) for m, images, r in zip(models, few, results, strict=True)]
+        out.figure("reconstruction_images", draw_images(results, shown, few[0].pictures, few[0].names()))
     for row in rows:
         log(_line(row))
 
@@ -440,10 +493,14 @@ def _flat(row: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    mse, top1 = row["mse"], row["position"]["top1"]
+    errors = row[SHARED]
+    mse, top1 = errors["mse"], errors["position"]["top1"]
+    line = f"{row['label']}: MSE normal {mse['normal']:.4f}"
+    if mse["ratio_ci95"] is None:
+        return f"{line}; outliers in {mse['outlier_n']} of {mse['images']} images, too few to compare"
     low, high = mse["ratio_ci95"]
     return (
-        f"{row['label']}: MSE outlier {mse['outlier']:.4f}, normal {mse['normal']:.4f}, ratio {mse['ratio']:.3f} "
-        f"[{low:.3f}, {high:.3f}]; explained {row['explained']['outlier']:.2f} and {row['explained']['normal']:.2f}; "
-        f"position top-1 outlier {top1['outlier']:.1f} %, normal {top1['normal']:.1f} %"
+        f"{line}, outlier {mse['outlier']:.4f}, ratio {mse['ratio']:.3f} [{low:.3f}, {high:.3f}] over {mse['ratio_n']} "
+        f"images; explained {errors['explained']['outlier']:.2f} and {errors['explained']['normal']:.2f}; "
+        f"position top-1 outlier {100 * top1['outlier']:.1f} %, normal {100 * top1['normal']:.1f} %"
     )

@@ -35,6 +35,7 @@ from models.vit import MergingViT, apply_merging
 
 from . import charts
 from .inputs import ImageBatches, as_list, batches, evaluation, labelled_batches
+from .intervals import LEAST
 
 if TYPE_CHECKING:
     from .command import Loaded
@@ -214,33 +215,33 @@ class RuleResult:
         self.alone = self.alone + out.alone.double().sum(dim=0).cpu()
 
     def summary(self, reference: "RuleResult") -> dict[str, Any]:
-        """Means (% and nats) with standard errors; agreement also as a difference to a reference on the same images."""
+        """Means (fractions, nats) with standard errors; agreement also less a reference's, on the same images."""
         agreed = torch.cat(self.agreed)
         # both rules saw the same images: the error of the paired difference is smaller than that of either
         paired = agreed.double() - torch.cat(reference.agreed).double()
         row: dict[str, Any] = {
             "n_images": len(agreed),
-            "agree": mean_percent(agreed),
+            "agree": share(agreed),
             "kl": self.kl / len(agreed),
-            "agree_se": error_percent(agreed),
-            "agree_minus_protected": mean_percent(paired),
-            "agree_minus_protected_se": error_percent(paired),
+            "agree_se": share_error(agreed),
+            "agree_minus_protected": share(paired),
+            "agree_minus_protected_se": share_error(paired),
         }
         if self.correct:
             correct = torch.cat(self.correct)
-            row |= {"acc1": mean_percent(correct), "acc1_se": error_percent(correct)}
+            row |= {"acc1": share(correct), "acc1_se": share_error(correct)}
         alone = torch.as_tensor(self.alone) / len(agreed)
         return {**row, "registers_alone": alone.tolist(), "registers_alone_last": float(alone[-1])}
 
 
-def mean_percent(values: Tensor) -> float:
-    """100 times the mean."""
-    return 100 * float(values.double().mean())
+def share(values: Tensor) -> float:
+    """The mean."""
+    return float(values.double().mean())
 
 
-def error_percent(values: Tensor) -> float:
-    """100 times the standard error of the mean."""
-    return 100 * float(values.double().std(correction=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+def share_error(values: Tensor) -> float:
+    """The standard error of the mean; NaN below five values."""
+    return float(values.double().std(correction=1) / len(values) ** 0.5) if len(values) >= LEAST else float("nan")
 
 
 @dataclass
@@ -320,7 +321,7 @@ def summarise(result: DynamicsResult) -> list[dict[str, Any]]:
         row = {"label": result.label, "R": result.registers, "r": r, "rule": rule}
         row |= {"tokens_left": result.tokens_left[r], **cell.summary(result.cells[r, "protected"])}
         if result.unmerged_correct:
-            row["acc1_unmerged"] = mean_percent(torch.cat(result.unmerged_correct))
+            row["acc1_unmerged"] = share(torch.cat(result.unmerged_correct))
         rows.append(row)
     return rows
 
@@ -353,31 +354,39 @@ def draw(results: DynamicsResult | Sequence[DynamicsResult]) -> Figure:
     """Left: agreement with the unmerged model. Right: registers that stand alone, block by block. A row per model."""
     results = as_list(results)
     rules = list(dict.fromkeys(rule for result in results for _, rule in result.cells))
-    figure, axes = charts.new_figure(len(results), 2, 4.4, 2.5, "Do protected registers matter?")
-    for (left, right), result in zip(axes, results, strict=True):
-        rows = summarise(result)
-        _draw_agreement(left, rows, rules)
-        left.set_title(f"{result.label}, R={result.registers}: same top-1 as unmerged (%)", fontsize=9)
+    figure, axes = charts.new_figure(len(results), 2, 4.6, 2.6, "Do protected registers matter?")
+    tables = [summarise(result) for result in results]
+    everything = [row for rows in tables for row in rows]
+    low = min(row["agree"] - 2 * np.nan_to_num(row["agree_se"]) for row in everything)
+    for (left, right), result, rows in zip(axes, results, tables, strict=True):
+        _draw_agreement(left, rows, rules, max(0.0, 100 * low - 2))
+        left.set_title(f"{result.label}, R={result.registers}: same top-1 as unmerged", fontsize=9)
         _draw_alone(right, rows, rules, result.registers)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
-    images = summarise(results[0])[0]["n_images"]
-    note = f"n = {images}; whiskers: one standard error over images; lines darken with r"
-    figure.supxlabel(note, fontsize=7.5, color=charts.FAINT, x=0.01, ha="left")
+    note = (
+        f"n = {everything[0]['n_images']} images; lines: 95 % over images (1.96 standard errors). The left axes do not "
+    )
+    note += (
+        "start at 0; all rows have the same. The rules saw the same images: their paired differences, in the table, "
+    )
+    charts.footer(figure, note + "are surer than these lines. Right: lines darken with r.")
     return figure
 
 
-def _draw_agreement(ax: Axes, rows: Sequence[dict[str, Any]], rules: Sequence[str]) -> None:
-    width = 0.8 / len(rules)
+def _draw_agreement(ax: Axes, rows: Sequence[dict[str, Any]], rules: Sequence[str], low: float) -> None:
+    width = 0.6 / len(rules)
     for index, rule in enumerate(rules):
-        chosen = [row for row in rows if row["rule"] == rule]
-        x = np.arange(len(chosen)) + (index - (len(rules) - 1) / 2) * width
-        y, error = [row["agree"] for row in chosen], [row["agree_se"] for row in chosen]
-        ax.bar(x, y, width * 0.92, yerr=error, color=charts.colour_of(index), alpha=0.85, label=rule)
-    low = min(row["agree"] - row["agree_se"] for row in rows)
-    ax.set_ylim(max(0.0, low - 0.35 * (100 - low) - 1), 100)
+        for x, row in enumerate(row for row in rows if row["rule"] == rule):
+            at, value, half = x + (index - (len(rules) - 1) / 2) * width, 100 * row["agree"], 196 * row["agree_se"]
+            span = None if np.isnan(half) else (value - half, min(100.0, value + half))
+            charts.dots(ax, at, value, span, charts.colour_of(index))
+        ax.plot([], [], color=charts.colour_of(index), marker="o", ls="", label=rule)
+    ax.set_ylim(low, 101)
+    ax.set_ylabel("% (cut axis)")
     schedules = list(dict.fromkeys(row["r"] for row in rows))
     ax.set_xticks(range(len(schedules)), [f"r={r}" for r in schedules])
+    ax.set_xlim(-0.5, len(schedules) - 0.5)
     ax.grid(False, axis="x")
 
 
@@ -395,6 +404,7 @@ def _draw_alone(ax: Axes, rows: Sequence[dict[str, Any]], rules: Sequence[str], 
     ax.set_ylim(-0.05 * registers, registers * 1.08)
     ax.set_title(f"registers still alone, of {registers}", fontsize=9)
     ax.set_xlabel("after block")
+    ax.set_ylabel("registers")
 
 
 @charts.styled
@@ -448,6 +458,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     for loaded, model in tested:
         images = command.Images(args, loaded, title=f"{loaded.label}, R={model.num_registers}")
         labelled = command.labels_fit(args, loaded)
+        out.about(images.note)
         options = {"schedules": schedules, "rules": args.rules, "labelled": labelled, "label": loaded.label}
         results.append(measure(model, images, **options))
     rows = [row for result in results for row in summarise(result)]
@@ -455,9 +466,9 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     out.json("dynamics", {"rules": args.rules, "rows": rows, "random_keys": simulated})
     alone = {f"{row['label']}/r={row['r']}/{row['rule']}": np.asarray(row["registers_alone"]) for row in rows}
     out.npz("dynamics", alone)
-    out.png("dynamics", draw(results))
+    out.figure("dynamics", draw(results))
     if simulated:
-        out.png("dynamics_random_keys", draw_simulation(simulated))
+        out.figure("dynamics_random_keys", draw_simulation(simulated))
     (out.folder / "dynamics.md").write_text(_table(rows))
     log(_table(rows))
 
@@ -500,11 +511,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             row["r"],
             row["rule"],
             str(row["tokens_left"]),
-            f"{row['agree']:.2f} ± {row['agree_se']:.2f}",
-            f"{row['agree_minus_protected']:+.2f} ± {row['agree_minus_protected_se']:.2f}",
+            f"{100 * row['agree']:.2f} ± {100 * row['agree_se']:.2f}",
+            f"{100 * row['agree_minus_protected']:+.2f} ± {100 * row['agree_minus_protected_se']:.2f}",
             f"{row['kl']:.4f}",
             f"{row['registers_alone_last']:.2f}",
-            f"{row['acc1']:.2f} (unmerged {row['acc1_unmerged']:.2f})" if labelled else "",
+            f"{100 * row['acc1']:.2f} (unmerged {100 * row['acc1_unmerged']:.2f})" if labelled else "",
         ]
         for row in rows
     ]

@@ -9,10 +9,12 @@ it. The instrument `test_time_registers` measures what it changes.
 Shapes: B batch, N tokens, P prefix tokens, n patches, C channels, F hidden units of an MLP, L blocks.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from models.blocks import attend
 from models.errors import UserError
 from models.vit import MergingViT, apply_merging
 
+from .intervals import resample
 from .outliers import Histogram, norms
 from .walk import Layer, check_layer, walk
 
@@ -131,10 +134,25 @@ class NormTable:
     def top_layer(self) -> int:
         """The first block after which the mean largest norm exceeds twice that of the block before, else the one with
         the largest jump."""
+        return _top_layer(self.largest.mean(dim=0).numpy())
+
+    def jumps(self) -> list[float]:
+        """Mean largest norm after each block over that after the block before (L-1,)."""
         mean = self.largest.mean(dim=0)
-        jump = mean[1:] / mean[:-1]
-        doubled = (jump > 2).nonzero()
-        return int(doubled[0]) + 1 if len(doubled) else int(jump.argmax()) + 1 if len(jump) else 0
+        ratios: list[float] = (mean[1:] / mean[:-1]).tolist()
+        return ratios
+
+    def top_layer_votes(self, draws: int = 1000) -> dict[int, float]:
+        """How sure `top_layer` is: the share of bootstrap draws over images that choose each block, most first."""
+        sums = resample(self.largest.double().numpy(), draws)
+        votes = Counter(_top_layer(row / len(self.largest)) for row in sums)
+        return {layer: count / draws for layer, count in votes.most_common()}
+
+
+def _top_layer(mean: np.ndarray) -> int:
+    jump = mean[1:] / mean[:-1]
+    doubled = np.nonzero(jump > 2)[0]
+    return int(doubled[0]) + 1 if len(doubled) else int(jump.argmax()) + 1 if len(jump) else 0
 
 
 def norm_table(model: MergingViT, batches: Iterable[Tensor], detection_layer: int = -1) -> NormTable:
@@ -154,14 +172,19 @@ def norm_table(model: MergingViT, batches: Iterable[Tensor], detection_layer: in
 
 @dataclass(frozen=True)
 class Ranking:
-    """Neurons by their mean absolute activation at outlier patches, highest first."""
+    """Neurons, best first, see `find_neurons`."""
 
     neurons: tuple[Neuron, ...]
-    scores: tuple[float, ...]  # at outlier patches
+    scores: tuple[float, ...]  # mean absolute activation at outlier patches
     elsewhere: tuple[float, ...]  # at all other patches
     images_with_outliers: int
     images: int
     outliers: int
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Activation at outliers over that elsewhere: 1 for a unit that outliers are nothing special to."""
+        return tuple(at / max(other, 1e-12) for at, other in zip(self.scores, self.elsewhere, strict=True))
 
     def by_block(self, top_k: int | None = None) -> dict[int, list[int]]:
         """{block: units} of the first top_k."""
@@ -195,16 +218,20 @@ def find_neurons(
     top_layer: int,
     top_k: int,
     sparse: bool = False,
+    rank_by: str = "ratio",
 ) -> Ranking:
-    """Rank the hidden units of blocks 0..top_layer: algorithm 1 of the paper, batched.
+    """Rank the hidden units of blocks 0..top_layer: algorithm 1 of the paper, batched, and a second step.
 
     An image's score of a unit is its mean |activation| over the image's outlier patches; images without one do not
-    count. The mean is taken per image first, so that an image with many outliers counts no more than others.
+    count. The mean is taken per image first, so that an image with many outliers counts no more than others. By that
+    score alone, as in the paper, units rank high that are as active everywhere. So the one unit in a hundred that is
+    most active at outliers (at least top_k of them) is ranked again, by its activation there over that elsewhere.
 
     Args:
         batches: the images, in the order of `outliers`.
         outliers: (images, n) which patches are outliers.
         sparse: keep only units that are silent (|activation| < 0.5) at half of the patches or more.
+        rank_by: "ratio", or "activation" for the paper's order.
 
     Raises:
         UserError: no image has an outlier, or top_layer does not exist.
@@ -219,7 +246,7 @@ def find_neurons(
         keep = mask.any(dim=1)
         if keep.any():
             _add_batch(sums, model, images[keep], mask[keep], top_layer)
-    return _rank(sums, outliers, top_k, sparse)
+    return _rank(sums, outliers, top_k, sparse, rank_by)
 
 
 def _add_batch(sums: _Sums, model: MergingViT, images: Tensor, mask: Tensor, top_layer: int) -> None:
@@ -238,7 +265,7 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("bnf,bn->bf", values, weight) / weight.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _rank(sums: _Sums, outliers: Tensor, top_k: int, sparse: bool) -> Ranking:
+def _rank(sums: _Sums, outliers: Tensor, top_k: int, sparse: bool, rank_by: str) -> Ranking:
     assert len({len(score) for score in sums.at_outliers}) == 1, "blocks of one model have MLPs of one width"
     images = int(outliers.any(dim=1).sum())
     score, elsewhere, quiet = (
@@ -247,7 +274,12 @@ def _rank(sums: _Sums, outliers: Tensor, top_k: int, sparse: bool) -> Ranking:
     # A unit that is always on scores high at outliers and everywhere else. Register neurons are the silent ones that
     # outliers alone switch on, which is what `sparse` asks for.
     allowed = score.masked_fill(quiet < 0.5, -torch.inf) if sparse else score
-    order = allowed.flatten().argsort(descending=True)[:top_k]
+    order = allowed.flatten().argsort(descending=True)
+    if rank_by == "ratio":
+        candidates = order[: max(top_k, len(order) // 100)]
+        contrast = score.flatten()[candidates] / elsewhere.flatten()[candidates].clamp(min=1e-12)
+        order = candidates[contrast.argsort(descending=True)]
+    order = order[:top_k]
     order = order[allowed.flatten()[order] > -torch.inf]
     width = score.shape[1]
     neurons = tuple((int(i) // width, int(i) % width) for i in order)

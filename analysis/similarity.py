@@ -1,11 +1,11 @@
-"""Similarity: neighbouring patches, outliers and normal tokens, register maps, and layers with each other.
+"""Similarity: neighbouring patches, outliers among normal tokens, and attention maps of registers with each other.
 
-    result = similarity.measure(model, images)
-    similarity.draw(result).savefig("outliers.png")
-    similarity.draw_layers(result).savefig("layers.png")
+    first = similarity.measure(model, images)
+    second = similarity.measure(another, images, yardstick=first.yardstick)      # judged by the same cut
+    similarity.draw([first, second]).savefig("outliers.png")
 
-Command: run/analyze.py similarity. Shapes: B batch, N tokens, T patch tokens, P prefix tokens, C channels, L stages
-(input, every block's output, final norm), S sampled patches, (gh,gw) the patch grid.
+Command: run/analyze.py similarity. Shapes: B batch, N tokens, T patch tokens, P prefix tokens, C channels, I images,
+(gh,gw) the patch grid.
 """
 
 import re
@@ -26,10 +26,21 @@ from models import MergingViT, UserError
 
 from . import charts
 from .inputs import ImageBatches, as_list, batches, evaluation
-from .outliers import DEFAULT_RULE, Histogram, Rule, norms
-from .walk import Layer, attention, check_layer, final, layer_at, patch_grid, per_patch, to_grid, walk
+from .intervals import LEAST, Estimate, estimate, mean_over, resample, text
+from .outliers import (
+    DEFAULT_RULE,
+    SCALED,
+    SHARED,
+    Histogram,
+    Rule,
+    Yardstick,
+    add_outlier_rule,
+    describe_cuts,
+    norms,
+)
+from .walk import Layer, attention, check_layer, layer_at, per_patch, to_grid, walk
 
-SAMPLES = 2048  # tokens that layers are compared on
+AUC_BINS = 256  # of an image's histogram, for the interval of the AUC
 
 
 def neighbour_cosines(x: Tensor) -> Tensor:
@@ -46,45 +57,73 @@ def neighbour_cosines(x: Tensor) -> Tensor:
 
 @dataclass
 class CosineHistogram:
-    """Cosines of two populations (normal, outlier) in bounded memory: 4096 bins over [-1, 1].
+    """Cosines of two populations (normal, outlier): 4096 bins over [-1, 1], and few numbers per image.
 
     Attributes:
         counts: (2,bins) pairs of normal and of outlier patches.
-        sums: (2,) sums of their cosines.
+        sums: per batch (B,4): sum and number of the pairs of normal and of outlier patches, per image.
+        coarse: per batch (B,2,AUC_BINS) pairs per image, for the interval of the AUC.
     """
 
     bins: int = 4096
     counts: np.ndarray = field(init=False)
-    sums: np.ndarray = field(init=False)
+    sums: list[np.ndarray] = field(default_factory=list)
+    coarse: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.counts, self.sums = np.zeros((2, self.bins), dtype=np.int64), np.zeros(2)
+        self.counts = np.zeros((2, self.bins), dtype=np.int64)
 
     def add(self, cosines: Tensor, outlier: Tensor) -> None:
-        """Count cosines (any shape, NaN left out) with a flag each."""
-        valid = ~cosines.isnan()
-        values, labels = cosines[valid].double(), outlier[valid].long()
+        """Count cosines (B,...), NaN left out, with a flag each."""
+        images = len(cosines)
+        values, labels = cosines.reshape(images, -1).double(), outlier.reshape(images, -1).long()
+        valid = ~values.isnan()
+        image = torch.arange(images, device=values.device).unsqueeze(1).expand_as(values)[valid]
+        values, labels = values[valid], labels[valid]
         index = ((values.clamp(-1, 1) + 1) / 2 * self.bins).long().clamp(max=self.bins - 1)
         counts = torch.bincount(labels * self.bins + index, minlength=2 * self.bins)
         self.counts += counts.view(2, self.bins).cpu().numpy()
-        self.sums += torch.bincount(labels, weights=values, minlength=2).cpu().numpy()
+        row = image * 2 + labels
+        total = torch.bincount(row, weights=values, minlength=2 * images).view(images, 2)
+        number = torch.bincount(row, minlength=2 * images).view(images, 2)
+        self.sums.append(torch.stack((total, number), dim=2).flatten(1).cpu().numpy())
+        few = torch.bincount(row * AUC_BINS + index * AUC_BINS // self.bins, minlength=2 * images * AUC_BINS)
+        self.coarse.append(few.view(images, 2, AUC_BINS).to(torch.int32).cpu().numpy())
 
     @property
     def centres(self) -> np.ndarray:
         """Middles (bins,) of the bins."""
         return (np.arange(self.bins) + 0.5) / self.bins * 2 - 1
 
-    def summary(self) -> dict[str, float]:
-        """Pairs, mean and median of both, and the AUC: the chance that an outlier's pair is more similar."""
+    def means(self) -> dict[str, Estimate]:
+        """Mean cosine of the pairs of normal and of outlier patches, with intervals over images."""
+        table = np.concatenate(self.sums)
+        return {name: mean_over(table[:, at], table[:, at + 1]) for name, at in (("normal", 0), ("outlier", 2))}
+
+    def auc(self) -> Estimate:
+        """The chance that an outlier's pair is more similar than a normal patch's; images with outliers contribute."""
+        table = np.concatenate(self.coarse)
+        of_both = table.sum(axis=2)
+        contributes = of_both[:, 1] > 0
+        flat = table.reshape(len(table), -1)
+
+        def statistic(row: np.ndarray) -> float:
+            return area_under_curve(row[AUC_BINS:], row[:AUC_BINS])
+
+        found = estimate(flat, statistic, contributes)
+        return Estimate(area_under_curve(self.counts[1], self.counts[0]), found.ci95, found.n)
+
+    def summary(self) -> dict[str, Any]:
+        """Pairs, mean and median of both with intervals over images, and the AUC."""
         numbers = self.counts.sum(axis=1)
-        summary: dict[str, float] = {}
-        for name, count, total, row in zip(("normal", "outlier"), numbers, self.sums, self.counts, strict=True):
+        summary: dict[str, Any] = {}
+        for name, count, row in zip(("normal", "outlier"), numbers, self.counts, strict=True):
             middle = int(np.searchsorted(row.cumsum(), count / 2))
             summary[f"{name}_pairs"] = int(count)
-            summary[f"{name}_mean"] = float(total / count) if count else float("nan")
             summary[f"{name}_median"] = float(self.centres[min(middle, self.bins - 1)]) if count else float("nan")
-        summary["auc"] = area_under_curve(self.counts[1], self.counts[0])
-        return summary
+        for name, value in self.means().items():
+            summary |= value.named(f"{name}_mean")
+        return summary | self.auc().named("auc")
 
 
 def area_under_curve(first: np.ndarray, second: np.ndarray) -> float:
@@ -104,6 +143,7 @@ class _AcrossImages:
     inner: float = 0.0  # sum over images of |sum of the image's unit vectors|^2
     count: float = 0.0  # tokens
     count_squared: float = 0.0  # sum over images of the square of their number
+    images: int = 0  # that have such tokens
 
     def mean(self) -> float | None:
         """Mean cosine of two tokens of different images: all pairs less those within an image."""
@@ -120,8 +160,7 @@ class GroupCosines:
     itself, whose cosine is 1: (|sum u|^2 - n) / (n (n - 1)).
     """
 
-    pairs: dict[str, float] = field(default_factory=dict)
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, list[np.ndarray]] = field(default_factory=dict)  # per batch (B,2): sum and number of the pairs
     across: dict[str, _AcrossImages] = field(default_factory=dict)
 
     def add(self, x: Tensor, outlier: Tensor, others: dict[str, Tensor] | None = None) -> None:
@@ -144,6 +183,7 @@ class GroupCosines:
             across.inner += float(inner.sum())
             across.count += float(n.sum())
             across.count_squared += float((n**2).sum())
+            across.images += int((n > 0).sum())
         self._count("outlier-normal", (total["outlier"] * total["normal"]).sum(1), number["outlier"] * number["normal"])
         for other, tokens in (others or {}).items():
             direction = F.normalize(tokens.double(), dim=-1)
@@ -151,17 +191,32 @@ class GroupCosines:
                 self._count(f"{name}-{other}", (total[name] * direction).sum(dim=1), number[name])
 
     def _count(self, key: str, total: Tensor, pairs: Tensor) -> None:
-        self.sums[key] = self.sums.get(key, 0.0) + float(total.sum())
-        self.pairs[key] = self.pairs.get(key, 0.0) + float(pairs.sum())
+        self.sums.setdefault(key, []).append(torch.stack((total, pairs), dim=1).cpu().numpy())
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """Sum and number of the pairs of each image (I,2), by name."""
+        return {key: np.concatenate(rows) for key, rows in self.sums.items()}
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Mean cosine over all pairs within images, with intervals over images; registers are also joined into one."""
+        tables = self.tables()
+        for name in ("outlier", "normal"):
+            registers = [table for key, table in tables.items() if key.startswith(f"{name}-register")]
+            if registers:
+                tables[f"{name}-registers"] = np.sum(registers, axis=0)
+        return {
+            key: mean_over(table[:, 0], np.where(table[:, 1] > 0.5, table[:, 1], 0)) for key, table in tables.items()
+        }
 
     def means(self) -> dict[str, float | None]:
         """Mean cosine over all pairs within images by name, and `X-X across images`; None where there is no pair."""
-        within = {key: _ratio(self.sums[key], pairs) for key, pairs in self.pairs.items()}
+        tables = {key: table.sum(axis=0) for key, table in self.tables().items()}
+        within = {key: _ratio(total, pairs) for key, (total, pairs) in tables.items()}
         return within | {f"{name}-{name} across images": across.mean() for name, across in self.across.items()}
 
 
 def _ratio(total: float, pairs: float) -> float | None:
-    return total / pairs if pairs > 0.5 else None
+    return float(total / pairs) if pairs > 0.5 else None
 
 
 def map_cosines(maps: Tensor) -> Tensor:
@@ -170,19 +225,40 @@ def map_cosines(maps: Tensor) -> Tensor:
     return unit @ unit.transpose(1, 2)
 
 
-def layer_tables(samples: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Compare the same tokens in all layers (L,S,C): linear CKA (arXiv 1905.00414) (L,L) and mean cosine (L,L)."""
-    layers = len(samples)
-    cka = np.eye(layers)
-    centred = samples.float() - samples.float().mean(dim=1, keepdim=True)
-    # CKA is |x'y|^2 / (|x'x| |y'y|): divided beforehand, the numerator is all there is to compute for a pair
-    scaled = [x / (x.T @ x).norm().sqrt().clamp(min=1e-20) for x in centred]
-    for i in range(layers):
-        for j in range(i):
-            cka[i, j] = cka[j, i] = float((scaled[i].T @ scaled[j]).square().sum())
-    unit = F.normalize(samples.float(), dim=-1)
-    cosine = torch.einsum("isc,jsc->ij", unit, unit) / samples.shape[1]
-    return cka, cosine.cpu().numpy()
+@dataclass
+class Cosines:
+    """What one cut tells apart.
+
+    Attributes:
+        cut: the norm above which a patch token is an outlier.
+        outliers: patches above it, per batch (B,).
+        neighbours: cosines of patch embeddings with their neighbours.
+        raw, centred: cosines of tokens, as they are and less the mean patch token.
+    """
+
+    cut: float
+    outliers: list[np.ndarray] = field(default_factory=list)
+    neighbours: CosineHistogram = field(default_factory=CosineHistogram)
+    raw: GroupCosines = field(default_factory=GroupCosines)
+    centred: GroupCosines = field(default_factory=GroupCosines)
+
+    @property
+    def images_with(self) -> int:
+        """Images that have an outlier."""
+        return int((np.concatenate(self.outliers) > 0).sum())
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers for json."""
+        return {
+            "cut": self.cut,
+            "images_with": self.images_with,
+            "neighbours": self.neighbours.summary(),
+            "cosines": self.raw.means(),
+            "cosines_ci95": {key: value.ci95 for key, value in self.raw.estimates().items()},
+            "cosines_centred": self.centred.means(),
+            "cosines_centred_ci95": {key: value.ci95 for key, value in self.centred.estimates().items()},
+            "cosines_n": {key: value.n for key, value in self.raw.estimates().items()},
+        }
 
 
 @dataclass
@@ -192,30 +268,30 @@ class SimilarityResult:
     Attributes:
         label: the model's name in figures.
         layer: block whose output outliers are judged by.
-        cut: the norm above which a patch token is an outlier there.
+        yardstick: the shared cut, to be given to the measurement of the next model.
         mean: (C,) mean patch token there.
+        by_cut: cosines under the shared cut and under the one scaled by the medians.
         images: number of images.
-        neighbours: cosines of patch embeddings with their neighbours.
-        raw, centred: cosines of tokens there, as they are and less the mean patch token.
         token_types: names of the prefix tokens in the last block, P of them.
         maps: (P,P) mean cosine of their attention maps in the last block.
-        stages: names of the L stages.
-        cka, cosine: (L,L) stages with each other: linear CKA, and mean cosine of the same token.
+        maps_ci95: (2,P,P) the ends of its interval over images; NaN below five images.
     """
 
     label: str
     layer: int
-    cut: float
+    yardstick: Yardstick
     mean: Tensor
+    by_cut: dict[str, Cosines]
     images: int = 0
-    neighbours: CosineHistogram = field(default_factory=CosineHistogram)
-    raw: GroupCosines = field(default_factory=GroupCosines)
-    centred: GroupCosines = field(default_factory=GroupCosines)
     token_types: tuple[str, ...] = ()
     maps: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    stages: tuple[str, ...] = ()
-    cka: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    cosine: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    maps_ci95: np.ndarray = field(default_factory=lambda: np.zeros((2, 0, 0)))
+
+    @property
+    def drawn(self) -> list[tuple[str, Cosines]]:
+        """The cuts that differ: both, or for the model that the yardstick was made on the shared one alone."""
+        shared, scaled = self.by_cut[SHARED], self.by_cut[SCALED]
+        return [(SHARED, shared)] + ([] if scaled is shared else [(SCALED, scaled)])
 
 
 @torch.no_grad()
@@ -225,7 +301,7 @@ def measure(
     *,
     layer: int = -1,
     rule: Rule = DEFAULT_RULE,
-    seed: int = 0,
+    yardstick: Yardstick | None = None,
     label: str = "model",
 ) -> SimilarityResult:
     """Measure similarities in two passes over the images: the first one finds the cut and the mean token.
@@ -234,8 +310,8 @@ def measure(
         model: a `MergingViT`, or a timm ViT that it can be made of.
         images: (B,3,H,W) as the model sees them, or batches of them, to be iterated twice.
         layer: block after which outliers are judged; -1 is the last.
-        rule: how outliers are told.
-        seed: of the random patches that layers are compared on, about 2048 in all and evenly spread over the images.
+        rule: how outliers are told, where there is no
+        yardstick: cut of another model that this one is compared with (its result's `yardstick`).
 
     Raises:
         UserError: there is no image or no such layer.
@@ -243,23 +319,27 @@ def measure(
     with evaluation(model) as model:
         layer = check_layer(model, layer, label=label)
         histogram, mean, number = _first_pass(model, images, layer)
-        result = SimilarityResult(label, layer, rule.cut(histogram), mean)
-        generator = torch.Generator().manual_seed(seed)
-        samples, map_sum = [], torch.zeros(0, 0)
+        yardstick = yardstick or Yardstick.made_on(histogram, rule, label)
+        cuts = yardstick.cuts(histogram)
+        shared = Cosines(cuts[SHARED])
+        same = abs(cuts[SCALED] - cuts[SHARED]) < 1e-6 * cuts[SHARED]
+        result = SimilarityResult(
+            label, layer, yardstick, mean, {SHARED: shared, SCALED: shared if same else Cosines(cuts[SCALED])}
+        )
+        maps = []
         for batch in batches(images, model):
-            chosen = _sample_patches(model, batch, result.images, number, generator)
-            tokens, last = _measure_batch(result, model, batch, chosen)
-            samples.append(tokens)
-            if last.num_prefix_tokens:
-                cosines = _cosines_of_maps(last)
-                map_sum = cosines if not map_sum.numel() else map_sum + cosines
+            last = _measure_batch(result, model, batch)
+            maps.append(_cosines_of_maps(last))
             result.images += len(batch)
     if result.images != number:
         raise UserError(f"the first pass saw {number} images, the second {result.images}; give a list, not a generator")
     result.token_types = last.token_types
-    result.maps = (map_sum / result.images).numpy()
-    result.cka, result.cosine = layer_tables(torch.cat(samples, dim=1))
-    result.stages = ("input", *(str(index) for index in range(last.index + 1)), "final norm")
+    table = np.concatenate(maps)
+    result.maps = table.mean(axis=0)
+    result.maps_ci95 = np.full((2, *result.maps.shape), np.nan)
+    if number >= LEAST and result.maps.size:
+        flat = np.array(list(resample(table.reshape(number, -1)))) / number
+        result.maps_ci95 = np.quantile(flat, (0.025, 0.975), axis=0).reshape(2, *result.maps.shape)
     return result
 
 
@@ -279,47 +359,16 @@ def _first_pass(model: MergingViT, images: ImageBatches, index: int) -> tuple[Hi
     return histogram, (total / tokens).float(), number
 
 
-def _sample_patches(
-    model: MergingViT, images: Tensor, done: int, number: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Choose random patches of a batch: (S,) image in the batch and (S,) patch.
-
-    Over all images they are about SAMPLES, evenly spread: after k of `number` images SAMPLES * k // number are chosen.
-
-    Args:
-        done: images before this batch.
-    """
-    rows, columns = patch_grid(model, images)
-    patches = rows * columns
-    until = [min(patches * k, SAMPLES * k // number) for k in range(done, done + len(images) + 1)]
-    counts = torch.tensor(until).diff()
-    order = torch.rand(len(images), patches, generator=generator).argsort(dim=1)
-    chosen = torch.cat([order[image, :count] for image, count in enumerate(counts.tolist())])
-    return torch.arange(len(images)).repeat_interleave(counts), chosen
-
-
-def _measure_batch(
-    result: SimilarityResult, model: MergingViT, images: Tensor, chosen: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Layer]:
-    """Add a batch to `result`; return the tokens of the chosen patches in all stages (L,S,C), and the last block."""
-    stages = []
+def _measure_batch(result: SimilarityResult, model: MergingViT, images: Tensor) -> Layer:
+    """Add a batch to `result`; return the last block."""
     for layer in walk(model, images):
-        if layer.index == 0:
-            stages.append(_tokens_of(layer.before.x, layer.before.group, layer.num_prefix_tokens, chosen))
-        stages.append(_tokens_of(layer.after.x, layer.after.group, layer.num_prefix_tokens, chosen))
         if layer.index == result.layer:
-            _compare(result, model, layer, images)
-    stages.append(_tokens_of(final(model, layer), layer.after.group, layer.num_prefix_tokens, chosen))
-    return torch.stack(stages), layer
+            for _, cosines in result.drawn:
+                _compare(cosines, result.mean, model, layer, images)
+    return layer
 
 
-def _tokens_of(x: Tensor, group: Tensor, num_prefix_tokens: int, chosen: tuple[Tensor, Tensor]) -> Tensor:
-    """Tokens of the chosen patches: (B,N,C) -> (S,C) in fp32 on the CPU."""
-    rows, patches = chosen[0].to(x.device), chosen[1].to(x.device)
-    return x[rows, group[rows, patches] + num_prefix_tokens].float().cpu()
-
-
-def _compare(result: SimilarityResult, model: MergingViT, layer: Layer, images: Tensor) -> None:
+def _compare(result: Cosines, mean: Tensor, model: MergingViT, layer: Layer, images: Tensor) -> None:
     """Compare the outliers after a block: their input patches with the neighbours, and the tokens among themselves."""
     x = layer.after.x[:, layer.num_prefix_tokens :].float()
     outlier = norms(x) > result.cut
@@ -327,146 +376,152 @@ def _compare(result: SimilarityResult, model: MergingViT, layer: Layer, images: 
     embedded = model.patch_embed(images)
     cosines = neighbour_cosines(embedded.reshape(len(embedded), *layer.grid, -1))
     of_patches = to_grid(outlier, layer.after.group, layer.grid)
+    result.outliers.append(of_patches.flatten(1).sum(dim=1).cpu().numpy())
     result.neighbours.add(cosines, of_patches.unsqueeze(1).expand_as(cosines))
     others = {name: layer.after.x[:, index].float() for index, name in enumerate(layer.token_types)}
     result.raw.add(x, outlier, others)
-    mean = result.mean.to(x)
+    mean = mean.to(x)
     result.centred.add(x - mean, outlier, {name: tokens - mean for name, tokens in others.items()})
 
 
-def _cosines_of_maps(layer: Layer) -> Tensor:
-    """Cosines (P,P) of the prefix tokens' attention maps, summed over the images of a batch."""
+def _cosines_of_maps(layer: Layer) -> np.ndarray:
+    """Cosines (B,P,P) of the prefix tokens' attention maps."""
     maps = per_patch(attention(layer)[:, :, : layer.num_prefix_tokens].mean(dim=1), layer)
-    return map_cosines(maps).sum(dim=0).double().cpu()
+    return map_cosines(maps).double().cpu().numpy()
 
 
 def summarise(result: SimilarityResult) -> dict[str, Any]:
-    """Numbers of one model; a mean over no pair is None or NaN."""
+    """Numbers of one model, under both cuts; a mean over no pair is None or NaN."""
     return {
         "label": result.label,
         "n_images": result.images,
-        "cut": result.cut,
-        "neighbours": result.neighbours.summary(),
-        "cosines": result.raw.means(),
-        "cosines_centred": result.centred.means(),
+        "outlier_cut": {"rule": str(result.yardstick.rule), "of": result.yardstick.of, "cut": result.yardstick.cut},
+        **{name: cosines.summary() for name, cosines in result.by_cut.items()},
         "map_kinds": list(result.token_types),
         "map_cosines": result.maps.tolist(),
-        "stages": list(result.stages),
-        "cka": result.cka.tolist(),
-        "layer_cosine": result.cosine.tolist(),
+        "map_cosines_ci95": result.maps_ci95.tolist(),
     }
 
 
 # Figures
 
 
+def _cut_note(results: Sequence[SimilarityResult]) -> str:
+    return describe_cuts(results[0].yardstick, {result.label: result.by_cut[SCALED].cut for result in results})
+
+
+def _series(results: Sequence[SimilarityResult]) -> list[tuple[str, str, str, Cosines]]:
+    """What is drawn side by side: label, name of the cut, colour, cosines."""
+    return [
+        (f"{result.label}, {'scaled' if name == SCALED else 'shared'} cut {cosines.cut:.1f}", name, colour, cosines)
+        for result, colour in zip(results, map(charts.colour_of, range(len(results))), strict=True)
+        for name, cosines in result.drawn
+    ]
+
+
 @charts.styled
 def draw(results: SimilarityResult | Sequence[SimilarityResult]) -> Figure:
     """Draw mean cosines within and between outliers, normal tokens and the prefix, raw and less the mean token."""
     results = as_list(results)
-    tables = {
-        "raw": [_joined(result.raw.means()) for result in results],
-        "after removing the data set's mean token": [_joined(result.centred.means()) for result in results],
-    }
-    keys = list(dict.fromkeys(key for table in tables["raw"] for key in table))
-    figure, axes = charts.new_figure(1, 2, 5.0, 0.9 + 0.3 * len(keys), "Cosines of tokens", sharey=True)
-    for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
-        height = 0.75 / len(results)
-        for index, (result, means) in enumerate(zip(results, table, strict=True)):
-            y = np.arange(len(keys)) + (index - (len(results) - 1) / 2) * height
-            values = [means.get(key, np.nan) for key in keys]
-            ax.barh(y, values, height * 0.9, color=charts.colour_of(index), alpha=0.8, label=result.label)
+    series = _series(results)
+    keys = list(dict.fromkeys(key for *_, cosines in series for key in _rows(cosines.raw)))
+    height = max(0.3, 0.13 * len(series)) * len(keys) + 0.9
+    figure, axes = charts.new_figure(1, 2, 5.0, height, "Cosines of tokens", sharey=True)
+    titles = {"raw": "raw", "centred": "after removing the data set's mean token"}
+    step = 0.76 / len(series)
+    for ax, (kind, title) in zip(axes[0], titles.items(), strict=True):
+        for index, (label, name, colour, cosines) in enumerate(series):
+            rows = _rows(getattr(cosines, kind))
+            for y, key in enumerate(keys):
+                _draw_cosine(ax, rows.get(key), y + (index - (len(series) - 1) / 2) * step, colour, name == SCALED)
+            kwargs = dict(
+                marker="s" if name == SCALED else "o", ls="", ms=4.5, mfc="white" if name == SCALED else colour
+            )
+            ax.plot([], [], color=colour, label=f"{label}; {cosines.images_with} images have outliers", **kwargs)
         ax.axvline(0, color=charts.FAINT, lw=0.8)
         ax.set_title(title, fontsize=9)
-        ax.set_xlabel("mean cosine")
-        ax.set_xlim(min(-0.3, ax.get_xlim()[0]), 1.0)
+        ax.set_xlabel("mean cosine (line: 95 % over images)")
+        ax.set_xlim(-0.4, 1.02)
     axes[0, 0].set_yticks(range(len(keys)), keys)
-    axes[0, 0].invert_yaxis()
-    axes[0, 1].legend(loc="lower right")
+    axes[0, 0].set_ylim(len(keys) - 0.5, -0.5)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", fontsize=7.5)
+    n = f"n = {results[0].images} images; nothing is drawn that fewer than {LEAST} contribute to; "
+    charts.footer(figure, n + "no interval across images.", _cut_note(results))
     return figure
 
 
-def _joined(means: dict[str, float | None]) -> dict[str, float]:
-    """Put registers into one row, the mean over them, and leave out what does not occur."""
-    lists: dict[str, list[float]] = {}
-    for key, value in means.items():
-        if value is not None:
-            lists.setdefault(re.sub(r"register \d+", "registers", key), []).append(value)
-    return {key: sum(values) / len(values) for key, values in lists.items()}
+def _rows(group: GroupCosines) -> dict[str, Estimate]:
+    """What `draw` shows: registers in one row, and pairs across images, which have no interval."""
+    within = group.estimates()
+    rows = {key: value for key, value in within.items() if not re.search(r"register \d", key)}
+    for name, across in group.across.items():
+        value = across.mean()
+        rows[f"{name}-{name} across images"] = Estimate(np.nan if value is None else value, None, across.images)
+    return {key: value for key, value in rows.items() if value.n}
+
+
+def _draw_cosine(ax: Axes, value: Estimate | None, y: float, colour: str, hollow: bool) -> None:
+    if value is None:
+        return
+    if not value.shown:
+        ax.annotate(f"n = {value.n}", (-0.39, y), fontsize=6, color=colour, va="center")
+        return
+    charts.dots(ax, y, value.value, value.ci95, colour, across=True)
+    if hollow:
+        ax.plot([value.value], [y], marker="s", color=colour, mfc="white", ms=4.5)
 
 
 @charts.styled
 def draw_neighbours(results: SimilarityResult | Sequence[SimilarityResult]) -> Figure:
-    """Draw the distribution of the cosine of an input patch with its neighbours, outliers against normal patches."""
+    """Draw the distribution of the cosine of an input patch with its neighbours, outliers against normal patches.
+
+    It is drawn as the share of pairs below a cosine: a density is all peak at 1.
+    """
     results = as_list(results)
-    figure, axes = charts.new_figure(1, len(results), 4.6, 3.0, "Input patches and their four neighbours", sharey=True)
-    for ax, result in zip(axes[0], results, strict=True):
-        summary = result.neighbours.summary()
-        for index, (name, counts) in enumerate(zip(("normal", "outlier"), result.neighbours.counts, strict=True)):
-            if not counts.sum():
+    panels = [(result, name, cosines) for result in results for name, cosines in result.drawn]
+    title = "Input patches and their four neighbours"
+    figure, axes = charts.new_figure(1, len(panels), 4.6, 3.4, title, sharey=True)
+    for ax, (result, name, cosines) in zip(axes[0], panels, strict=True):
+        means, auc = cosines.neighbours.means(), cosines.neighbours.auc()
+        for index, (kind, counts) in enumerate(zip(("normal", "outlier"), cosines.neighbours.counts, strict=True)):
+            if not counts.sum() or not means[kind].shown:
+                ax.plot([], [], color=charts.colour_of(index), label=f"{kind}: not drawn, n = {means[kind].n} images")
                 continue
-            text = f"{name}: mean {summary[f'{name}_mean']:.3f}, {counts.sum()} pairs"
-            x, y = _smooth(result.neighbours.centres, counts)
-            ax.plot(x, y, color=charts.colour_of(index), label=text)
-            ax.fill_between(x, y, color=charts.colour_of(index), alpha=0.12, lw=0)
-        ax.set_title(f"{result.label}: AUC {summary['auc']:.3f}")
+            label = f"{kind}: mean {text(means[kind], 2)}, {means[kind].n} images"
+            below = counts.cumsum() / counts.sum()
+            ax.plot(cosines.neighbours.centres, below, color=charts.colour_of(index), label=label)
+        cut = f"{'scaled' if name == SCALED else 'shared'} cut {cosines.cut:.1f}"
+        ax.set_title(f"{result.label}, {cut}\nAUC {text(auc, 3)} (chance 0.5)", fontsize=9)
         ax.set_xlabel("cosine of patch embeddings (without position)")
-        ax.legend(loc="upper left")
-    axes[0, 0].set_ylabel("density")
+        ax.set_xlim(-0.5, 1)
+        ax.set_ylim(0, 1)
+        ax.legend(loc="upper left", fontsize=7.5)
+    axes[0, 0].set_ylabel("share of pairs below")
+    note = "AUC: the chance that an outlier's pair is more similar than a normal patch's; 95 % intervals over images."
+    charts.footer(figure, note, _cut_note(results))
     return figure
-
-
-def _smooth(centres: np.ndarray, counts: np.ndarray, width: float = 0.012) -> tuple[np.ndarray, np.ndarray]:
-    """Make a density of a histogram by a Gaussian of fixed width, mirrored at 1 so that no mass is lost there."""
-    spacing = centres[1] - centres[0]
-    offsets = np.arange(-int(4 * width / spacing), int(4 * width / spacing) + 1) * spacing
-    kernel = np.exp(-0.5 * (offsets / width) ** 2)
-    half = len(offsets) // 2
-    padded = np.concatenate([counts[half - 1 :: -1], counts, counts[: -half - 1 : -1]]).astype(float)
-    smooth = np.convolve(padded, kernel / kernel.sum(), mode="valid") / (counts.sum() * spacing)
-    low = max(-1.0, float(centres[np.searchsorted(counts.cumsum(), 0.002 * counts.sum())]) - 0.05)
-    inside = centres >= low
-    return centres[inside], smooth[inside]
-
-
-@charts.styled
-def draw_layers(results: SimilarityResult | Sequence[SimilarityResult]) -> Figure:
-    """Draw layers against each other: linear CKA and cosine of the same token."""
-    results = as_list(results)
-    figure, axes = charts.new_figure(len(results), 2, 4.2, 3.7, "Patch tokens: layer against layer")
-    for row, result in zip(axes, results, strict=True):
-        for ax, table, name in zip(row, (result.cka, result.cosine), ("linear CKA", "cosine"), strict=True):
-            low = 0.0 if name == "linear CKA" else min(0.0, float(table.min()))
-            drawn = ax.imshow(table, vmin=low, vmax=1, cmap=charts.HEAT)
-            _layer_ticks(ax, result.stages)
-            ax.set_title(f"{result.label}: {name}", fontsize=9)
-            charts.colour_bar(figure, drawn, ax)
-    return figure
-
-
-def _layer_ticks(ax: Axes, stages: Sequence[str]) -> None:
-    shown = list(range(0, len(stages), max(1, round(len(stages) / 14))))
-    ax.grid(False)
-    ax.set_xticks(shown, [stages[i] for i in shown], fontsize=7, rotation=90)
-    ax.set_yticks(shown, [stages[i] for i in shown], fontsize=7)
 
 
 @charts.styled
 def draw_maps(results: SimilarityResult | Sequence[SimilarityResult]) -> Figure:
-    """Draw the likeness of the prefix tokens' attention maps, with the numbers."""
+    """Draw the likeness of the prefix tokens' attention maps, with the numbers and their intervals over images."""
     results = as_list(results)
-    size = 1.6 + 0.45 * max(len(result.token_types) for result in results)
+    size = 1.9 + 0.62 * max(len(result.token_types) for result in results)
     figure, axes = charts.new_figure(1, len(results), size, size, "Last block: attention maps, cosine")
     for ax, result in zip(axes[0], results, strict=True):
         ax.grid(False)
-        ax.imshow(result.maps, vmin=0, vmax=1, cmap=charts.HEAT)
+        drawn = ax.imshow(result.maps, vmin=0, vmax=1, cmap=charts.HEAT)
         names = range(len(result.token_types)), result.token_types
         ax.set_xticks(*names, rotation=90, fontsize=8)
         ax.set_yticks(*names, fontsize=8)
         for (row, column), value in np.ndenumerate(result.maps):
             colour = "white" if value < 0.6 else charts.INK
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        ax.set_title(result.label, fontsize=9)
+            low, high = result.maps_ci95[:, row, column]
+            span = f"\n[{low:.3f},\n{high:.3f}]" if np.isfinite(low) and row != column else ""
+            ax.text(column, row, f"{value:.3f}{span}", ha="center", va="center", fontsize=6, color=colour)
+        ax.set_title(f"{result.label} (n = {result.images})", fontsize=9)
+    charts.colour_bar(figure, drawn, axes[0].tolist(), "cosine of maps, mean over images")
     return figure
 
 
@@ -477,9 +532,10 @@ def add_parser(subparsers: Any) -> None:
     """Add the command `similarity`."""
     from .command import add_command
 
-    text = "cosine to the neighbours, outlier against normal tokens, register maps, CKA and cosine between layers"
-    parser = add_command(subparsers, "similarity", run, text)
-    parser.add_argument("--outlier_rule", type=Rule.parse, default=DEFAULT_RULE, metavar="RULE")
+    parser = add_command(
+        subparsers, "similarity", run, "cosine to the neighbours, outlier against normal tokens, register maps"
+    )
+    add_outlier_rule(parser)
     parser.add_argument("--layer", type=int, default=-1, metavar="BLOCK", help="whose norms make outliers (last)")
 
 
@@ -487,33 +543,31 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     """Measure all models and write similarity.json, an npz per model, and the figures."""
     from .command import Images, Output, load_models
 
-    models = load_models(args, main_argv)
+    models, rule = load_models(args, main_argv), Rule.parse(args.outlier_rule)
     out = Output(args, main_argv, models)
     for loaded in models:
         check_layer(loaded.model, args.layer, "--layer", loaded.label)
-    results = []
+    results: list[SimilarityResult] = []
     for loaded in models:
         images = Images(args, loaded, title=(f"norms of {loaded.label}", f"similarity of {loaded.label}"))
-        options: dict[str, Any] = {"layer": args.layer, "rule": args.outlier_rule, "seed": loaded.args.seed}
-        results.append(measure(loaded.model, images, **options, label=loaded.label))
+        out.about(images.note)
+        common = results[0].yardstick if results else None
+        results.append(measure(loaded.model, images, layer=args.layer, rule=rule, yardstick=common, label=loaded.label))
     rows = [summarise(result) for result in results]
-    out.json("similarity", {"outlier_rule": str(args.outlier_rule), "models": rows})
+    out.json("similarity", {"outlier_rule": str(rule), "models": rows})
     for loaded, result in zip(models, results, strict=True):
         out.npz(f"similarity_{loaded.slug}", arrays(result))
-    out.png("similarity_neighbours", draw_neighbours(results))
-    out.png("similarity_outliers", draw(results))
-    out.png("similarity_layers", draw_layers(results))
+    out.figure("similarity_neighbours", draw_neighbours(results))
+    out.figure("similarity_outliers", draw(results))
     several = [result for result in results if len(result.token_types) > 1]
     if several:
-        out.png("similarity_maps", draw_maps(several))
+        out.figure("similarity_maps", draw_maps(several))
 
 
 def arrays(result: SimilarityResult) -> dict[str, np.ndarray]:
     """Arrays of the npz."""
-    return {
-        "neighbour_counts": result.neighbours.counts,
-        "neighbour_centres": result.neighbours.centres,
-        "map_cosines": result.maps,
-        "cka": result.cka,
-        "layer_cosine": result.cosine,
-    }
+    found = {"map_cosines": result.maps, "neighbour_centres": result.by_cut[SHARED].neighbours.centres}
+    for name, cosines in result.by_cut.items():
+        found[f"{name}/neighbour_counts"] = cosines.neighbours.counts
+        found |= {f"{name}/sums_and_pairs/{key}": table for key, table in cosines.raw.tables().items()}
+    return found

@@ -27,7 +27,8 @@ from models.vit import MergingViT
 
 from . import charts
 from .inputs import ImageBatches, batches, evaluation, labelled_batches
-from .outliers import Rule, bimodality, norms
+from .intervals import difference, mean
+from .outliers import BIMODALITY_REFERENCES, Rule, add_outlier_rule, bimodality, norms
 from .register_neurons import (
     Neuron,
     NormTable,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 1000  # the paper's number, unless --limit says otherwise
 RULE = Rule("sigma", 3)
+SURE = 0.95  # share of draws that an automatic choice needs
+RANKINGS = ("ratio", "activation")
 STEPS = ("find", "apply", "eval")
 
 # Finding the neurons
@@ -57,6 +60,7 @@ class FoundNeurons:
         cut: the norm above which a patch is an outlier.
         top_layer: the last block that was searched.
         top_layer_how: "given", or what the automatic rule went by.
+        votes: share of bootstrap draws over images that choose each block as `top_layer`; empty if it was given.
     """
 
     label: str
@@ -67,6 +71,21 @@ class FoundNeurons:
     detection_layer: int
     top_layer: int
     top_layer_how: str
+    ranked_by: str = "ratio"
+    votes: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def doubt(self) -> str:
+        """Why the choice of `top_layer` may be wrong; empty if nothing speaks against it."""
+        if not self.votes:
+            return ""
+        sure = self.votes.get(self.top_layer, 0.0)
+        shares = ", ".join(f"block {layer} {100 * share:.0f} %" for layer, share in list(self.votes.items())[:3])
+        fell_back = (
+            "no block doubles the largest norm, so the largest jump decided; " if "none" in self.top_layer_how else ""
+        )
+        unsure = f"resampling the images chooses {shares}" if sure < SURE else ""
+        return (fell_back + unsure).rstrip("; ")
 
 
 def find(
@@ -78,6 +97,7 @@ def find(
     top_layer: int | None = None,
     top_k: int = 10,
     sparse: bool = False,
+    rank_by: str = "ratio",
     label: str = "model",
 ) -> FoundNeurons:
     """Rank the hidden units that are active at outlier patches. Two passes over the images.
@@ -88,6 +108,7 @@ def find(
         top_layer: the last block searched; None: where norms grow, see `NormTable.top_layer`.
         top_k: neurons that are kept.
         sparse: keep only units that are silent at half of the patches or more.
+        rank_by: "ratio" or "activation", see `register_neurons.find_neurons`.
 
     Raises:
         UserError: no image has an outlier, or a layer does not exist.
@@ -96,15 +117,11 @@ def find(
         table = norm_table(vit, batches(images, vit), detection_layer)
         cut = outlier_rule.cut(table.histogram)
         searched = table.top_layer() if top_layer is None else check_layer(vit, top_layer, "top_layer")
-        ranking = find_neurons(vit, batches(images, vit), table.detection > cut, searched, top_k, sparse)
-    how = "given" if top_layer is not None else "doubles" if max(_jumps(table)) > 2 else "largest jump; none doubles"
-    return FoundNeurons(label, table, ranking, outlier_rule, cut, detection_layer, searched, how)
-
-
-def _jumps(table: NormTable) -> list[float]:
-    mean = table.largest.mean(0)
-    jumps: list[float] = (mean[1:] / mean[:-1]).tolist()
-    return jumps
+        ranking = find_neurons(vit, batches(images, vit), table.detection > cut, searched, top_k, sparse, rank_by)
+    votes = table.top_layer_votes() if top_layer is None else {}
+    doubles = max(table.jumps(), default=0.0) > 2
+    how = "given" if top_layer is not None else "doubles" if doubles else "largest jump; none doubles"
+    return FoundNeurons(label, table, ranking, outlier_rule, cut, detection_layer, searched, how, rank_by, votes)
 
 
 def summarise_neurons(found: FoundNeurons) -> dict[str, Any]:
@@ -120,11 +137,16 @@ def summarise_neurons(found: FoundNeurons) -> dict[str, Any]:
         "detection_layer": found.detection_layer,
         "top_layer": found.top_layer,
         "top_layer_how": found.top_layer_how,
+        "top_layer_votes": {str(layer): share for layer, share in found.votes.items()},
+        "top_layer_doubt": found.doubt,
+        "jumps": found.table.jumps(),
+        "ranked_by": found.ranked_by,
+        "ratios": list(ranking.ratios),
         "max_norm_by_block": found.table.largest.mean(0).tolist(),
         "n_images": ranking.images,
         "n_images_with_outliers": ranking.images_with_outliers,
-        "outlier_share": 100 * ranking.outliers / found.table.detection.numel(),
-        "bimodality": bimodality(found.table.histogram),
+        "outlier_share": ranking.outliers / found.table.detection.numel(),
+        "bimodality": {**bimodality(found.table.histogram), "references": BIMODALITY_REFERENCES},
     }
 
 
@@ -218,27 +240,35 @@ class VariantResult:
 
         Args:
             cut: the norm above which a patch is an outlier.
-            before: the model before, which predictions are compared with.
+            before: the model before, which this one is compared with, paired by image; None for itself.
         """
         norms, largest = torch.cat(self.norms).double(), torch.cat(self.largest).double()
-        peaks = norms.amax(dim=1)
         row: dict[str, Any] = {
             "n_images": len(norms),
-            "max_norm": float(peaks.mean()),
-            "max_norm_se": float(peaks.std() / len(norms) ** 0.5) if len(norms) > 1 else float("nan"),
+            **mean(norms.amax(dim=1).numpy()).named("max_norm"),
             "p98_norm": float(norms.flatten().sort().values[int(0.98 * (norms.numel() - 1))]),
             "median_norm": float(norms.median()),
-            "outlier_share": 100 * float((norms > cut).double().mean()),
+            **mean(self.shares(cut)).named("outlier_share"),
             "max_norm_by_block": largest.mean(dim=0).tolist(),
-            "token_norm_by_block": torch.cat(self.token).double().mean(dim=0).tolist(),
+            "token_norm_by_block": torch.cat(self.token).double().mean(dim=0).tolist() if before is not None else None,
             "class_peak_by_block": torch.cat(self.class_peak).double().mean(dim=0).tolist(),
             "class_to_token_by_block": torch.cat(self.class_to_token).double().mean(dim=0).tolist(),
         }
         if self.correct:
-            row["acc1"] = 100 * float(torch.cat(self.correct).double().mean())
+            row |= mean(torch.cat(self.correct).double().numpy()).named("acc1")
         if before is not None:
-            row["agree"] = 100 * float((torch.cat(self.top) == torch.cat(before.top)).double().mean())
+            same = torch.cat(self.top) == torch.cat(before.top)
+            row |= mean(same.double().numpy()).named("agree")
+            row |= difference(before.shares(cut), self.shares(cut)).named("outlier_share_minus_before")
+            if self.correct:
+                change = difference(torch.cat(before.correct).numpy(), torch.cat(self.correct).numpy())
+                row |= change.named("acc1_minus_before")
         return row
+
+    def shares(self, cut: float) -> np.ndarray:
+        """Share of each image's patches above a cut (images,)."""
+        shares: np.ndarray = (torch.cat(self.norms) > cut).double().mean(dim=1).numpy()
+        return shares
 
 
 @dataclass(frozen=True)
@@ -304,7 +334,10 @@ def variants(
 def summarise(result: ShiftResult) -> list[dict[str, Any]]:
     """A row per variant, for json."""
     before = result.variants["before"]
-    return [{"variant": name, **variant.summary(result.cut, before)} for name, variant in result.variants.items()]
+    return [
+        {"variant": name, **variant.summary(result.cut, None if variant is before else before)}
+        for name, variant in result.variants.items()
+    ]
 
 
 # Figures
@@ -312,62 +345,98 @@ def summarise(result: ShiftResult) -> list[dict[str, Any]]:
 
 @charts.styled
 def draw_neurons(found: FoundNeurons) -> Figure:
-    """Where outliers appear, how far they stand apart, and the neurons' activations at them and elsewhere."""
+    """Where outliers appear and how sure that is, how far they stand apart, and the neurons' activations."""
     table, ranking = found.table, found.ranking
-    figure, axes = charts.new_figure(1, 3, 3.7, 3.2, "Register neurons")
-    ax, mean = axes[0, 0], table.largest.mean(dim=0)
+    title = (
+        f"Register neurons of {found.label} (n = {ranking.images} images, {ranking.images_with_outliers} with outliers)"
+    )
+    figure, axes = charts.new_figure(1, 3, 3.9, 3.4, title)
+    ax, mean_norm = axes[0, 0], table.largest.mean(dim=0)
     spread = table.largest.std(dim=0)
-    x = np.arange(len(mean))
-    ax.fill_between(x, mean - spread, mean + spread, color=charts.COLOURS[0], alpha=0.15, lw=0)
-    ax.plot(x, mean, color=charts.COLOURS[0], marker="o", ms=3)
-    ax.axvline(found.top_layer, color=charts.FAINT, ls=":", label=f"neurons up to block {found.top_layer}")
+    x = np.arange(len(mean_norm))
+    ax.fill_between(x, mean_norm - spread, mean_norm + spread, color=charts.COLOURS[0], alpha=0.15, lw=0)
+    ax.plot(x, mean_norm, color=charts.COLOURS[0], marker="o", ms=3)
+    for at, jump in enumerate(table.jumps(), start=1):
+        ax.annotate(
+            f"x{jump:.2f}", (at, float(mean_norm[at])), (0, 5), textcoords="offset points", fontsize=6, ha="center"
+        )
+    for layer, share in found.votes.items():
+        if share >= 0.01:
+            ax.axvline(
+                layer,
+                color=charts.COLOURS[1],
+                ls=":",
+                alpha=0.25 + 0.75 * share,
+                label=f"block {layer}: {100 * share:.0f} % of draws",
+            )
+    if not found.votes:
+        ax.axvline(found.top_layer, color=charts.FAINT, ls=":", label=f"up to block {found.top_layer} (given)")
     ax.set(title="largest patch norm of an image", xlabel="after block (band: std over images)", ylabel="L2 norm")
-    ax.legend()
+    ax.set_ylim(0, None)
+    ax.legend(fontsize=7, title="where outliers start" if found.votes else None, title_fontsize=7)
     ax = axes[0, 1]
     ax.hist(table.detection.flatten().numpy(), 100, color=charts.COLOURS[0], alpha=0.8)
-    ax.axvline(found.cut, color=charts.COLOURS[1], label=f"cut {found.cut:.1f}")
-    ax.set(title="patch norms, detection layer", yscale="log", xlabel="L2 norm", ylabel="patches")
+    ax.axvline(found.cut, color=charts.COLOURS[1], label=f"cut {found.cut:.1f} ({found.rule})")
+    ax.set(title=f"patch norms after block {found.detection_layer}", yscale="log", xlabel="L2 norm")
+    ax.set_ylabel("patches (log axis)")
+    ax.set_xlim(0, None)
     ax.legend()
     ax = axes[0, 2]
     shown = min(12, len(ranking.neurons))
     y = np.arange(shown)
     ax.barh(y - 0.2, ranking.scores[:shown], 0.38, color=charts.COLOURS[1], label="at outlier patches")
     ax.barh(y + 0.2, ranking.elsewhere[:shown], 0.38, color=charts.COLOURS[0], label="at other patches")
+    for at, value in enumerate(ranking.ratios[:shown]):
+        place = dict(textcoords="offset points", fontsize=6.5, va="center")
+        end = max(ranking.scores[at], ranking.elsewhere[at])
+        ax.annotate(f"x{value:.1f}", (end, at), (3, 0), **place)  # type: ignore[arg-type]
     ax.set_yticks(y, [f"{block}: {unit}" for block, unit in ranking.neurons[:shown]], fontsize=7)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
-    ax.set(title="first neurons (block: unit)", xlabel="mean |activation|")
+    ax.set(title=f"first neurons (block: unit), by {found.ranked_by}", xlabel="mean |activation|")
     ax.legend(loc="lower right")
+    note = f"Units of blocks 0 to {found.top_layer} were searched. x: activation at outliers over elsewhere; near 1 a "
+    note += "unit is as active everywhere and no register neuron."
+    charts.footer(figure, note, *([f"The choice of the block is not settled: {found.doubt}."] if found.doubt else []))
     return figure
 
 
-def draw_maps(maps: TokenMaps, pictures: Sequence[np.ndarray], cut: float, neurons: int) -> Figure:
-    """A row per image: input, norms and class attention before and after, on shared scales.
+def draw_maps(
+    maps: TokenMaps, pictures: Sequence[np.ndarray], cut: float, neurons: int, captions: Sequence[str] | None = None
+) -> Figure:
+    """A row per image: input, norms and class attention before and after, on shared scales with their bars.
 
     Args:
         pictures: (H,W,3) in [0, 1], one per image.
         cut: the norm above which a patch is an outlier.
         neurons: how many were moved.
     """
+    even = maps.class_before.shape[1] * maps.class_before.shape[2]
+    limits = charts.common_limits((maps.norm_before, maps.norm_after))
+    attended = 0.0, charts.common_limits((maps.class_before, maps.class_after), 0.98)[1] * even
     cells = []
-    norm_limits = (float(maps.norm_before.min()), max(float(maps.norm_before.max()), cut * 1.01))
     images = zip(pictures, maps.norm_before, maps.norm_after, maps.class_before, maps.class_after, strict=True)
     for picture, norm_before, norm_after, class_before, class_after in images:
-        limits = (0.0, max(float(class_before.max()), float(class_after.max())))
         row = [charts.image_cell(picture)]
-        row += [charts.map_cell(values, norm_limits, marked=values > cut) for values in (norm_before, norm_after)]
-        row += [charts.map_cell(values, limits, cmap="magma") for values in (class_before, class_after)]
+        row += [charts.map_cell(values, limits, marked=values > cut) for values in (norm_before, norm_after)]
+        row += [charts.map_cell(values * even, attended, cmap="magma") for values in (class_before, class_after)]
         cells.append(row)
     columns = ["input", "norms before", f"norms, {neurons} neurons moved", "class attention before"]
-    note = f"norms on one scale up to {norm_limits[1]:.0f}; red: above the cut {cut:.1f} of the model before"
-    return charts.picture_table(cells, [*columns, "class attention after"], note=note)
+    note = f"red: above the cut {cut:.1f} of the model before; attention ends at the 98 % quantile"
+    bars = [
+        charts.Bar((1, 2), limits, "norm of patch tokens"),
+        charts.Bar((3, 4), attended, "attention (1: an even share)", "magma", over=True),
+    ]
+    columns.append("class attention after")
+    return charts.picture_table(cells, columns, captions, "Test-time registers", note=note, bars=bars)
 
 
 @charts.styled
 def draw(result: ShiftResult) -> Figure:
     """Largest norms over blocks, norms of the extra token, class attention, and the norms' distribution."""
     rows = summarise(result)
-    figure, axes = charts.new_figure(2, 2, 4.6, 3.0, "Test-time registers")
+    n = len(torch.cat(result.variants["before"].norms))
+    figure, axes = charts.new_figure(2, 2, 4.6, 3.0, f"Test-time registers in {result.label} (n = {n} images)")
     panels = (
         ("max_norm_by_block", "largest patch norm of an image"),
         ("token_norm_by_block", "norm of the extra token"),
@@ -383,7 +452,8 @@ def draw(result: ShiftResult) -> Figure:
         for row in controls:
             label = "random neurons" if row is controls[0] else None
             ax.plot(row[key], color=charts.INK, lw=0.9, ls=":", alpha=0.8, label=label)
-        ax.set(title=title, xlabel="block")
+        ax.set(title=title, xlabel="block", ylabel="attention" if key.startswith("class") else "L2 norm")
+        ax.set_ylim(0, None)
     axes[0, 0].legend()
     ax = axes[1, 1]
     values = {name: torch.cat(variant.norms).flatten().numpy() for name, variant in result.variants.items()}
@@ -391,9 +461,25 @@ def draw(result: ShiftResult) -> Figure:
     for index, row in enumerate(shown):
         ax.stairs(np.histogram(values[row["variant"]], edges)[0], edges, color=charts.colour_of(index), lw=1.4)
     ax.axvline(result.cut, color=charts.INK, lw=1, ls=":", label=f"cut {result.cut:.1f}")
-    ax.set(title="patch norms, detection layer", yscale="log", xlabel="L2 norm", ylabel="patches")
+    ax.set(title="patch norms, detection layer", yscale="log", xlabel="L2 norm", ylabel="patches (log axis)")
     ax.legend()
+    lines = [f"{row['variant']}: {_shares(row)}" for row in rows]
+    charts.footer(figure, "Means over images. " + "; ".join(lines))
     return figure
+
+
+def _shares(row: dict[str, Any]) -> str:
+    """Patches above the cut, agreement and accuracy, with intervals."""
+
+    def percent(name: str) -> str:
+        span = row[f"{name}_ci95"]
+        ends = "" if span is None else f" [{100 * span[0]:.2f}, {100 * span[1]:.2f}]"
+        return f"{100 * row[name]:.2f}{ends} %"
+
+    parts = [f"{percent('outlier_share')} of patches above the cut"]
+    parts += [f"same top-1 as before {percent('agree')}"] if "agree" in row else []
+    parts += [f"top-1 {percent('acc1')}"] if "acc1" in row else []
+    return ", ".join(parts)
 
 
 # Command
@@ -402,13 +488,14 @@ def draw(result: ShiftResult) -> Figure:
 def add_parser(subparsers: Any) -> None:
     from .command import add_command
 
-    text = "test-time registers: find register neurons, apply the shift to images, evaluate it on a data set"
-    parser = add_command(subparsers, "ttr", run, text)
-    parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--outlier_rule", default=str(RULE), metavar="RULE", help="also quantile:0.98, ratio:3, abs:75")
+    about = "test-time registers: find register neurons, apply the shift to images, evaluate it on a data set"
+    parser = add_command(subparsers, "ttr", run, about)
+    parser.add_argument("step", choices=STEPS, metavar="|".join(STEPS), help="the step to take, in this order")
+    add_outlier_rule(parser, RULE)
     parser.add_argument("--detection_layer", type=int, default=-1, metavar="BLOCK", help="whose output is judged")
     parser.add_argument("--top_layer", default="auto", metavar="BLOCK", help="find: the last block looked at")
     parser.add_argument("--top_k", type=int, nargs="+", default=[10], metavar="K", help="neurons; eval takes several")
+    parser.add_argument("--rank_by", choices=RANKINGS, default="ratio", help="find: the order of neurons")
     parser.add_argument(
         "--sparse", action="store_true", help="find: only neurons silent at half of the patches or more"
     )
@@ -449,12 +536,18 @@ def _run_find(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> No
         top_layer=top_layer,
         top_k=max(args.top_k),
         sparse=args.sparse,
+        rank_by=args.rank_by,
         label=loaded.label,
     )
+    out.about(images.note)
     log(f"outliers: norm > {found.cut:.2f} after block {args.detection_layer}; neurons of blocks 0..{found.top_layer}")
+    ratios = ", ".join(f"{at}: x{jump:.2f}" for at, jump in enumerate(found.table.jumps(), start=1))
+    log(f"mean largest norm after a block over that of the block before: {ratios}")
+    if found.doubt:
+        log(f"warning: {found.doubt}. Name the block by --top_layer, and compare the neighbours")
     out.json("neurons", summarise_neurons(found))
     out.npz("neurons", {"largest": found.table.largest, "norms": found.table.detection})
-    out.png("neurons", draw_neurons(found))
+    out.figure("neurons", draw_neurons(found))
     ranking = found.ranking
     log(f"{ranking.images_with_outliers} of {ranking.images} images have outliers; first: {list(ranking.neurons[:5])}")
 
@@ -502,6 +595,7 @@ def _run_apply(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> N
     images = command.Images(args, loaded, title="maps", limit=args.show)
     shown = [batch.images for batch in images]
     pictures = [picture for batch in shown for picture in images.pictures(batch)]
+    out.about(images.note)
     maps = compare(loaded.model, shown, neurons, detection_layer=args.detection_layer)
     out.npz("applied", vars(maps))
     largest = {
@@ -513,7 +607,7 @@ def _run_apply(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> N
         "cut": content["cut"],
     }
     out.json("applied", {"top_k": args.top_k[0], "n_images": len(pictures), **largest})
-    out.png("applied", draw_maps(maps, pictures, content["cut"], args.top_k[0]))
+    out.figure("applied", draw_maps(maps, pictures, content["cut"], args.top_k[0], images.names()))
 
 
 def _run_eval(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> None:
@@ -536,16 +630,16 @@ def _run_eval(args: Namespace, main_argv: Sequence[str], loaded: "Loaded") -> No
         labelled=command.labels_fit(args, loaded),
         label=loaded.label,
     )
+    out.about(images.note)
     rows = summarise(result)
     out.json("ttr", {"cut": content["cut"], "found_on": content["n_images"], "rows": rows})
     out.npz("ttr", {name.replace(" ", "_"): torch.cat(v.largest) for name, v in result.variants.items()})
-    out.png("ttr", draw(result))
+    out.figure("ttr", draw(result))
     for row in rows:
         log(_line(row))
 
 
 def _line(row: dict[str, Any]) -> str:
-    parts = [f"{row['variant']}: largest patch norm {row['max_norm']:.2f} (p98 {row['p98_norm']:.2f})"]
-    parts += [f"above the cut {row['outlier_share']:.2f} %", f"last prefix token {row['token_norm_by_block'][-1]:.2f}"]
-    parts += [f"top-1 {row['acc1']:.2f} %"] if "acc1" in row else []
-    return ", ".join([*parts, f"same top-1 as before {row['agree']:.2f} %"])
+    parts = [f"{row['variant']}: largest patch norm {row['max_norm']:.2f} (p98 {row['p98_norm']:.2f})", _shares(row)]
+    token = row["token_norm_by_block"]
+    return ", ".join([*parts, *([f"norm of the extra token {token[-1]:.2f}"] if token else [])])

@@ -8,7 +8,7 @@ channels, (gh,gw) the patch grid.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,22 @@ def check_layer(model: MergingViT, layer: int, name: str = "layer", label: str =
     if not -depth <= layer < depth:
         raise UserError(f"{name} is {layer}, but {label} has blocks 0..{depth - 1} (or -{depth}..-1)")
     return layer % depth
+
+
+def check_patches(
+    model: MergingViT, patches: Sequence[tuple[int, int]] | None, name: str = "patches", label: str = "the model"
+) -> list[tuple[int, int]]:
+    """Return the chosen patches (row, column), three of them where None are chosen.
+
+    Raises:
+        UserError: one of them is not on the model's grid.
+    """
+    rows, columns = model.patch_embed.grid_size
+    chosen = list(patches or [(rows // 2, columns // 2), (rows // 4, columns // 4), (rows - 1, columns - 1)])
+    for row, column in chosen:
+        if row >= rows or column >= columns:
+            raise UserError(f"{name} names {row},{column}, but {label} has {rows} x {columns} patches")
+    return chosen
 
 
 def allow_any_size(model: MergingViT) -> None:

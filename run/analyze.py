@@ -4,9 +4,12 @@ python run/analyze.py norms --model deit_tiny --data photos --limit 200 --out no
 python run/analyze.py norms --models deit3_small:a.pth deit3_small:b.pth,registers=4 --data photos --out both
 python run/analyze.py attention --model deit_small --r 16 --data photos --out attention
 python run/analyze.py similarity --model deit_small --dataset IMAGENETTE --data_path imagenette --out similarity
+python run/analyze.py pca --models deit_small deit_small,r=16 --data photos --out pca
+python run/analyze.py changes --model deit_small --dataset IMNET --data_path imagenet --r_values 8 16 --out changes
 python run/analyze.py lost --model deit_small --voc VOCdevkit --year 2007 --out lost
+python run/analyze.py training --run output/run --out training
 
-Every command writes PNG, npz and json into --out.
+Every command writes figures, npz and json into --out; docs/analysis.md says what they mean.
 """
 
 import argparse

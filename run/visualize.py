@@ -39,7 +39,7 @@ from distributed import init_distributed
 from models import MergingViT, UserError
 from options import INFERENCE_GROUPS, Parser, check_heeded, exit_status, flags_of, parse_args
 from sources import find_images
-from utils import write_json
+from utils import log, write_json
 
 GIF_FRAMES = 40  # at most
 GIF_MS, GIF_LAST_MS = 800, 2500  # how long a frame, and the last one, is shown
@@ -130,7 +130,7 @@ def merged(args: Namespace, main_args: Namespace) -> None:
             raise UserError(f"{file} does not end in {suffix}; name a {suffix} file")
     model, images, config, captions = load(main_args, args.images, args.num_images)
     if not any(model.plan().merges):
-        raise UserError("this model merges nothing, so there is nothing to draw; give --r, for instance --r 16")
+        log("note: this model merges nothing, so every patch stays a token of its own; --r 16 would merge")
     depth = len(model.blocks)
     blocks = args.blocks or merged_tokens.spread_blocks(depth)
     if max(blocks) >= depth:
@@ -138,7 +138,8 @@ def merged(args: Namespace, main_args: Namespace) -> None:
     film = spread(depth, GIF_FRAMES) if args.gif else []
     criteria = {*blocks, *film} if "criteria" in args.views else ()
     shown = unnormalise(images, config)
-    result = merged_tokens.measure(model, images, pictures=shown, captions=captions, criteria=criteria)
+    label = main_args.model
+    result = merged_tokens.measure(model, images, pictures=shown, captions=captions, criteria=criteria, label=label)
     save_picture(merged_tokens.draw(result, args.views, blocks), args.out)
     if args.gif:
         save_gif(list(merged_tokens.draw_frames(result, args.views, film)), args.gif)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
 from analysis.attention import Rollout, mass_by_token_type, patch_rows, spread_metrics
+from analysis.cka import layer_tables
 from analysis.outliers import BINS, Histogram, Rule, bimodality, bin_edges, norms
-from analysis.similarity import CosineHistogram, GroupCosines, layer_tables, map_cosines, neighbour_cosines
+from analysis.similarity import CosineHistogram, GroupCosines, map_cosines, neighbour_cosines
 from analysis.walk import attention, per_patch, walk
 from models import MergeConfig, MergingViT, UserError
 

@@ -94,8 +94,9 @@ def one_of(photos: Path) -> list[str]:
 
 def test_no_outlier_is_null_in_json(toy: str, photos: Path, tmp_path: Path) -> None:
     flags = ["--data", photos, "--limit", "1", "--outlier_rule", "abs:1000000"]
-    content = analyse("similarity", tmp_path / "out", "--models", toy, *flags)["models"][0]
+    content = analyse("similarity", tmp_path / "out", "--models", toy, *flags)["models"][0]["shared"]
     assert content["neighbours"]["auc"] is None and content["cosines"]["outlier-outlier"] is None
+    assert content["images_with"] == 0 and content["neighbours"]["auc_n"] == 0
     assert "NaN" not in (tmp_path / "out" / "similarity.json").read_text()
 
 
@@ -132,7 +133,7 @@ def test_norms_are_those_of_the_model(toy: str, photos: Path, tmp_path: Path) ->
 
 def test_attention_with_merging_and_at_another_size(toy: str, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--r", "9", "--input_size", "40", "--show", "2", "--patches", "0,0;9,9", "--batch_size", "3"]
+    flags = ["--r", "9", "--input_size", "40", "--show", "1", "--patches", "0,0;9,9", "--batch_size", "3"]
     content = analyse("attention", out, "--models", f"{toy},label=a", f"{toy},r=0,label=b", "--data", photos, *flags)
     table = content["models"][0]["per_block"]
     assert list(table) == ["class", "register 1", "register 2", "mean of patches"]
@@ -142,9 +143,9 @@ def test_attention_with_merging_and_at_another_size(toy: str, photos: Path, tmp_
         np.testing.assert_allclose(masses.sum(axis=0), 1, atol=1e-5)
         assert (np.array(metrics["entropy"]) <= 1 + 1e-6).all()
     arrays = np.load(out / "attention_a.npz")
-    assert arrays["maps"].shape == (2, 3, 4, 10, 10)
-    assert arrays["patch_maps"].shape == (2, 3, 2, 10, 10)
-    assert arrays["layer_maps"].shape == (2, 3, 10, 10)
+    assert arrays["maps"].shape == (1, 3, 4, 10, 10)
+    assert arrays["patch_maps"].shape == (1, 3, 2, 10, 10)
+    assert arrays["layer_maps"].shape == (1, 3, 4, 10, 10)
     assert (out / "attention_compare.png").is_file() and (out / "attention_heads_b.png").is_file()
 
 
@@ -164,13 +165,40 @@ def test_similarity_on_a_data_set_of_ours(toy: str, tmp_path: Path) -> None:
     flags = ["--dataset", "DIGITS", "--limit", "7", "--outlier_rule", "sigma:1"]
     content = analyse("similarity", out, "--models", f"{toy},r=5,label=a", *flags)["models"][0]
     assert content["n_images"] == 7
-    pairs = content["neighbours"]["normal_pairs"] + content["neighbours"]["outlier_pairs"]
-    assert pairs == 7 * 4 * 8 * 7
-    assert -1 <= content["cosines"]["outlier-normal"] <= 1
+    neighbours = content["shared"]["neighbours"]
+    assert neighbours["normal_pairs"] + neighbours["outlier_pairs"] == 7 * 4 * 8 * 7
+    assert -1 <= content["shared"]["cosines"]["outlier-normal"] <= 1
     assert content["map_kinds"] == ["class", "register 1", "register 2"]
     assert np.diag(np.array(content["map_cosines"])) == pytest.approx(1, abs=1e-5)
-    assert np.array(content["cka"]).shape == (5, 5) and content["stages"][-1] == "final norm"
-    assert {file.stem.split("_")[1] for file in out.glob("*.png")} == {"neighbours", "outliers", "layers", "maps"}
+    assert {file.stem.split("_")[1] for file in out.glob("*.png")} == {"neighbours", "outliers", "maps"}
+
+
+def test_cka_within_and_between_models(toy: str, tmp_path: Path) -> None:
+    flags = ["--dataset", "DIGITS", "--limit", "7", "--format", "png", "svg", "--dpi", "60"]
+    content = analyse("cka", tmp_path, "--models", f"{toy},label=a", f"{toy},r=5,label=b", *flags)
+    assert np.array(content["models"][0]["cka"]).shape == (5, 5) and content["models"][0]["stages"][-1] == "final norm"
+    assert np.array(content["between"]["a / b"])[0, 0] == pytest.approx(1, abs=1e-4)  # before anything merges
+    assert {file.name for file in tmp_path.glob("*.svg")} == {"cka_layers.svg", "cka_models.svg"}
+    svg = (tmp_path / "cka_models.svg").read_text()
+    assert "tome r=5" in svg and "DIGITS val: 7 images, every 52nd of 360" in svg  # figures say what they are of
+
+
+def test_one_yardstick_for_all_models(toy: str, tmp_path: Path) -> None:
+    """The review's case: a model's own quantile finds its share in every model, the first model's cut does not."""
+    flags = ["--models", f"{toy},label=a", f"{toy},r=9,label=b", "--dataset", "DIGITS", "--limit", "12"]
+    cuts = set()
+    for command in ("norms", "similarity"):
+        show = ["--show", "0"] if command == "norms" else []
+        content = analyse(command, tmp_path / command, *flags, *show)
+        cuts |= {row["outlier_cut"]["cut"] for row in content["models"]}
+        assert {row["outlier_cut"]["of"] for row in content["models"]} == {"a"}
+    assert len(cuts) == 1
+    norms = json.loads((tmp_path / "norms" / "norms.json").read_text())["models"][1]["outliers"]
+    assert norms["shared"]["share"] != norms["quantile:0.98"]["share"]
+    content = analyse("reconstruction", tmp_path / "rec", *flags, "--epochs", "1", "--show", "0")
+    one, two = content["models"]
+    assert one["outlier_cut"] == two["outlier_cut"] and one["shared"]["cut"] == two["shared"]["cut"]
+    assert two["shared_scaled"]["cut"] != two["shared"]["cut"]
 
 
 @pytest.fixture
@@ -194,7 +222,8 @@ def test_lost_at_native_resolution(toy: str, voc: Path, tmp_path: Path, view: st
     assert [row["n_images"] for row in content["models"]] == [2, 2]
     boxes = json.loads((out / "preds.json").read_text())["a"]
     overlaps = np.array([box["iou"] for box in boxes])
-    assert content["models"][0]["corloc"] == pytest.approx(100 * (overlaps >= 0.5).mean())
+    assert content["models"][0]["corloc"] == pytest.approx((overlaps >= 0.5).mean())
+    assert content["models"][0]["corloc_ci95"] is None  # two images
     for box, (height, width) in zip(boxes, ((30, 44), (36, 42)), strict=True):
         x1, y1, x2, y2 = box["box"]
         assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
@@ -249,8 +278,12 @@ def test_specs_that_are_none(text: str) -> None:
         (["--models", "TOY", "--data", "PHOTOS", "--epochs", "3"], "--epochs has no effect"),
         (["--models", "TOY", "--data", "PHOTOS", "--layre", "3"], "unknown flag --layre"),
         (["--models", "TOY", "--data", "PHOTOS", "--layer", "3"], "blocks 0..2"),
-        (["--models", "TOY,rr=3", "--data", "PHOTOS"], "unknown flag --rr"),
-        (["--models", "TOY", "--data", "PHOTOS", "--outlier_rule", "big"], "outlier"),
+        (["--models", "TOY,rr=3", "--data", "PHOTOS"], "unknown 'rr'"),
+        (["--models", "TOY", "--data", "PHOTOS", "--outlier_rule", "quantle:0.98"], "none of quantile:0.98, sigma:3"),
+        (["--models", "TOY", "--data", "PHOTOS", "--outlier_rule", "quantile:98"], "none of quantile:0.98, sigma:3"),
+        (["--models", "TOY,regs=4", "--data", "PHOTOS"], "did you mean registers?"),
+        (["--models", "TOY", "TOY,limit=3", "--data", "PHOTOS"], "on the same images"),
+        (["--models", "TOY", "--data", "PHOTOS", "--dpi", "3"], "--dpi"),
         (["--models", "deit_digitz:TOY", "--data", "PHOTOS"], "."),
         (["--models", "TOY,merge=mctf", "--data", "PHOTOS"], "give --r"),
     ],
@@ -300,7 +333,7 @@ COMMANDS = re.findall(r"^ +python run/analyze\.py (?!COMMAND)(.+)$", TEXT, re.M)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_commands_parse(command: str) -> None:
     args, main_argv = analyze.build_parser().parse_known_args(shlex.split(command))
-    for spec in program.specs_of(args):
+    for spec in program.specs_of(args) if getattr(args, "run_folder", None) is None else ():
         program.main_args(main_argv, spec)
     assert args.run is not None
 

@@ -151,7 +151,7 @@ def test_results_are_paired_by_image() -> None:
     wrong.add(rd.RuleOutput(logits, alone, (3, 2)), dense, torch.tensor([0, 1, 0, 3]))
     right.add(rd.RuleOutput(dense, alone, (3, 2)), dense, torch.tensor([0, 1, 0, 3]))
     row = wrong.summary(right)
-    assert row["agree"] == 75 and row["acc1"] == 75 and row["agree_minus_protected"] == -25
+    assert row["agree"] == 0.75 and row["acc1"] == 0.75 and row["agree_minus_protected"] == -0.25
     assert row["registers_alone"] == [2.0, 1.0] and row["kl"] > 0
     assert right.summary(right)["kl"] == pytest.approx(0, abs=1e-12)
 
@@ -166,7 +166,7 @@ def test_a_model_in_memory() -> None:
     rows = rd.summarise(result)
     assert [(row["r"], row["rule"]) for row in rows] == [(r, rule) for r in ("2", "4") for rule in rd.RULES]
     for row in rows:
-        assert row["acc1_unmerged"] == 100 and row["acc1"] == row["agree"] and row["n_images"] == 6
+        assert row["acc1_unmerged"] == 1 and row["acc1"] == row["agree"] and row["n_images"] == 6
         assert row["rule"] != "protected" or row["registers_alone"] == [2.0] * 3
     more = rd.measure(model, images, registers=4, schedules=("2",), label="more")
     assert more.registers == 4 and "acc1" not in rd.summarise(more)[0]

@@ -93,7 +93,7 @@ def test_overlap_by_hand() -> None:
     others = np.array([[0, 0, 10, 10], [5, 5, 15, 15], [20, 20, 30, 30], [0, 0, 5, 10]])
     expected = [1.0, 25 / 175, 0.0, 0.5]
     np.testing.assert_allclose(box_iou((0, 0, 10, 10), others), expected, atol=1e-6)
-    assert corloc([0.5, 0.49, 0.9, 0.0]) == 50.0
+    assert corloc([0.5, 0.49, 0.9, 0.0]) == 0.5
     assert np.isnan(corloc([]))
 
 

@@ -17,8 +17,9 @@ from PIL import Image
 
 import run.analyze as analyze
 from analysis.html import EmbeddedPng, Section, Table, cell_text, render, rounded
-from analysis.log_images import GAP, log_images
+from analysis.log_images import log_images, sheet
 from analysis.report import lookup
+from analysis.walk import walk
 from models import MergeConfig
 from models.registry import OWN_SIZES
 
@@ -80,7 +81,7 @@ def test_page_holds_everything_and_nothing_else() -> None:
     for shown in (
         "First &lt;b&gt;",
         "x&lt;y",
-        "0.1235",
+        "0.123",
         "no &lt;data&gt;",
         "Title &amp; more",
         "cap &amp; tion",
@@ -96,10 +97,10 @@ def test_small_things() -> None:
     assert [cell_text(v) for v in (None, float("nan"), 0.123456, 12, "x", 1e9)] == [
         "-",
         "-",
-        "0.1235",
+        "0.123",
         "12",
         "x",
-        "1.000e+09",
+        "1.00e+09",
     ]
     assert lookup({"a": {"b": 1}}, "a/b") == 1 and lookup({"a": 1}, "a/b") is None and lookup({}, "x") is None
     assert rounded({1: (0.123456789, "x")}) == {"1": [0.123457, "x"]}
@@ -116,22 +117,55 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_report_on_two_models(toy: list[str], tmp_path: Path) -> None:
     words = ["report", "--models", "deit_digits,label=plain", "deit_digits,registers=2,r=4,label=merged", *toy]
-    sections = ["norms", "merged", "lost", "dynamics", "ttr", "probes", "similarity"]
+    sections = ["norms", "merged", "lost", "dynamics", "ttr", "probes", "similarity", "reconstruction"]
     assert analyze.main([*words, "--sections", *sections, "--show", "2", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.html").read_text()
     page = self_contained(text)
-    assert [section["id"] for section in page.all("section")] == ["models", *sections]
+    assert [section["id"] for section in page.all("section")] == ["summary", "models", *sections]
     pictures = {base64.b64encode(file.read_bytes()).decode() for file in tmp_path.glob("*/*.png")}
     shown = {image["src"].split(",")[1] for image in page.all("img")}
     assert shown == pictures and len(shown) >= 6
     assert "Not shown: " in text and "--limit" in text  # lost has no images of DIGITS; that does not end the report
     assert "unprotected" in text
+    summary = text[text.index('id="summary"') : text.index('id="models"')]
+    assert "patches above the cut scaled by the medians" in summary and "(n = 16)" in summary
+    assert "a normal distribution" in text and "0.637" in text  # bimodality beside its references
+    assert text.count("<p class=may>") >= 6
+
+
+def test_a_number_with_its_interval_and_n() -> None:
+    row = {"a": {"x": 0.0196, "x_ci95": [0.0119, 0.0304], "x_n": 30}, "b": {"x": 0.09, "x_ci95": None, "x_n": 1}}
+    assert lookup(row, "a/x*100~") == "1.96 [1.19, 3.04]" and lookup(row, "a/x*100~n") == "1.96 [1.19, 3.04] (n = 30)"
+    assert lookup(row, "b/x~n") == "too few images (n = 1)" and lookup(row, "a/x*100") == pytest.approx(1.96)
+    assert lookup(row, "a/y~") is None
+
+
+def test_progress_over_all_sections_is_told(toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "report",
+        "--model",
+        "deit_digits",
+        "--sections",
+        "cka",
+        "pca",
+        *toy,
+        "--show",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert analyze.main(words) == 0
+    out = capsys.readouterr().out
+    assert "section 1 of 2, cka" in out and re.search(r"section 2 of 2, pca \(0:\d\d:\d\d so far, about 0:", out)
 
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--models", "deit_digits", "deit_digits,r=2", "deit_digits,r=4"], "one or two"),
+        (
+            ["--models", "deit_digits", "deit_digits,r=2", "deit_digits,r=4", "deit_digits,r=3", "deit_digits,r=5"],
+            "one to four",
+        ),
         (["--model", "deit_digits", "--show", "0"], "--show"),
         (["--model", "deit_digits", "--sections", "nothing"], "nothing"),
         (["--model", "nomodel"], "nomodel"),
@@ -175,12 +209,36 @@ def test_logged_pictures(registers: int, merge: MergeConfig | None) -> None:
     log_images(model, images, images.clamp(0, 1), writer, 7)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
-    side, panels = 224, 3 + 1 + registers  # input, merged, norms, and each prefix token's attention
-    assert writer.pictures["pictures"].shape == (3 * side + 2 * GAP, panels * side + (panels - 1) * GAP, 3)
-    assert writer.pictures["pictures"].dtype == np.uint8
+    panels = 3 + 1 + registers  # input, merged, norms, and each prefix token's attention
+    height, width, _ = writer.pictures["pictures"].shape
+    assert width > panels * 224 and height > 3 * 224 and writer.pictures["pictures"].dtype == np.uint8
     left = model.plan().counts[-1] - 1 - registers
     assert writer.histograms["norms/block_2/patches"].shape == (3, left)
     assert len(writer.scalars) == 3 * (1 + registers)
+
+
+def test_the_sheet_has_one_scale_and_titles_that_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny.ours(num_registers=2), tiny.images(2)
+    *_, last = walk(model, images)
+    laid_out = {}
+    monkeypatch.setattr(
+        "analysis.log_images.lay_out",
+        lambda rows, titles, captions, scales, heading: (
+            laid_out.update(rows=rows, titles=titles) or np.zeros((2, 2, 3))
+        ),
+    )
+    sheet(last, images.clamp(0, 1))
+    names = [title for title, _ in laid_out["titles"]]
+    assert names == ["input", "merged", "norms", "class", "register 1", "register 2"]
+    low, high = (float(last.after.x[:, 3:].norm(dim=-1).min()), float(last.after.x[:, 3:].norm(dim=-1).max()))
+    assert laid_out["titles"][2][1] == f"{low:.3g} dark, {high:.3g} bright"
+    colours = {}  # equal values have equal colours in all images
+    for index, row in enumerate(laid_out["rows"]):
+        lengths = last.after.x[index, 3:].norm(dim=-1).view(4, 4)
+        for (r, c), value in np.ndenumerate(lengths.detach().numpy()):
+            colours[float(value)] = row[2][r * 56 + 3, c * 56 + 3].tolist()
+    darkest, brightest = colours[min(colours)], colours[max(colours)]
+    assert sum(brightest) > sum(darkest) and len({tuple(colour) for colour in colours.values()}) > 8
 
 
 def test_training_logs_pictures_every_k_epochs_and_nothing_changes(

@@ -83,7 +83,9 @@ def test_scores_are_the_algorithm_of_the_paper() -> None:
     model, images = tiny.ours(seed=1), tiny.images(5)
     outliers = torch.rand(5, 16, generator=torch.Generator().manual_seed(0)) > 0.7
     outliers[2] = False
-    found = register_neurons.find_neurons(model, images.split(2), outliers, top_layer=1, top_k=2 * 96)
+    found = register_neurons.find_neurons(
+        model, images.split(2), outliers, top_layer=1, top_k=2 * 96, rank_by="activation"
+    )
     score = dict(zip(found.neurons, found.scores, strict=True))
     seen: list[Tensor] = []
     hooks = [b.mlp.act.register_forward_hook(lambda m, i, out: seen.append(out)) for b in model.blocks[:2]]
@@ -106,8 +108,48 @@ def test_sparse_leaves_out_units_that_are_always_on() -> None:
     with torch.no_grad():
         model.blocks[0].mlp.fc1.bias[5] = 100.0
     outliers = register_neurons.norm_table(model, [images]).detection > 50
-    both = [register_neurons.find_neurons(model, [images], outliers, 1, 3, sparse).neurons for sparse in (False, True)]
+    both = [
+        register_neurons.find_neurons(model, [images], outliers, 1, 3, sparse, "activation").neurons
+        for sparse in (False, True)
+    ]
     assert both[0][0] == (0, 5) and both[1][0] == PLANTED and (0, 5) not in both[1]
+
+
+def test_units_that_are_always_on_rank_last_by_their_ratio() -> None:
+    """The review's case: units as active everywhere come high by activation, and are no register neurons."""
+    model, images = planted_model(), bright_patches()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[5] = 100.0
+    outliers = register_neurons.norm_table(model, [images]).detection > 50
+    by_activation = register_neurons.find_neurons(model, [images], outliers, 1, 3, rank_by="activation")
+    by_ratio = register_neurons.find_neurons(model, [images], outliers, 1, 3)
+    assert by_activation.neurons[0] == (0, 5) and by_activation.ratios[0] == pytest.approx(1, abs=0.05)
+    assert by_ratio.neurons[0] == PLANTED and by_ratio.ratios[0] > 5 and by_ratio.neurons[-1] == (0, 5)
+    assert list(by_ratio.ratios) == sorted(by_ratio.ratios, reverse=True)
+
+
+def test_the_choice_of_the_block_says_how_sure_it_is() -> None:
+    largest = torch.ones(40, 4)
+    largest[:, 2], largest[:, 3] = 1.3, 1.3 * 1.29
+    largest[:15, 2] = 1.4  # which of two like jumps is the largest hangs on the images
+    largest[15:, 3] = 1.9
+    table = register_neurons.NormTable(torch.ones(40, 4), largest)
+    votes = table.top_layer_votes()
+    second, third = (float(largest[:, block].mean()) for block in (2, 3))
+    assert table.jumps() == pytest.approx([1.0, second, third / second])
+    assert sum(votes.values()) == pytest.approx(1) and set(votes) == {2, 3} and max(votes.values()) < 0.95
+    sure = register_neurons.NormTable(torch.ones(40, 4), torch.tensor([1.0, 1, 3, 3.1]).expand(40, 4))
+    assert sure.top_layer_votes() == {2: 1.0}
+
+
+def test_find_warns_where_the_block_is_not_settled(
+    toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*toy, "--out", str(tmp_path), "--outlier_rule", "quantile:0.9"]
+    assert analyze.main(["ttr", "find", *words]) == 0
+    out = capsys.readouterr().out
+    assert "warning: no block doubles the largest norm" in out and "1: x" in out
+    assert json.loads((tmp_path / "neurons.json").read_text())["top_layer_votes"]
 
 
 def test_shift_takes_the_peak_of_each_neuron_and_image() -> None:
@@ -226,7 +268,8 @@ def test_find_apply_eval(toy: list[str], tmp_path: Path) -> None:
     assert analyze.main(["ttr", "eval", *words, "--neurons", file, "--top_k", "0", "4", "--controls", "1"]) == 0
     rows = {row["variant"]: row for row in json.loads((tmp_path / "ttr.json").read_text())["rows"]}
     assert set(rows) == {"before", "empty token only", "0 neurons moved", "4 neurons moved", "4 random neurons, draw 1"}
-    assert rows["0 neurons moved"]["max_norm"] == rows["before"]["max_norm"] and rows["before"]["agree"] == 100
+    assert rows["0 neurons moved"]["max_norm"] == rows["before"]["max_norm"] and "agree" not in rows["before"]
+    assert rows["0 neurons moved"]["agree"] == 1 and rows["before"]["token_norm_by_block"] is None
     assert "acc1" in rows["before"]
     assert {"neurons.png", "applied.png", "ttr.png"} <= {path.name for path in tmp_path.iterdir()}
 

@@ -122,7 +122,6 @@ def test_weights_are_loaded(toy: list[str], tmp_path: Path, capsys: pytest.Captu
     ("flags", "reason"),
     [
         ([], "--out"),
-        (["--out", "o.png"], "--r 16"),
         (["--out", "o.png", "--r", "4", "--blocks", "1,3"], "blocks 0..2"),
         (["--out", "o.png", "--r", "4", "--blocks", "x"], "--blocks"),
         (["--out", "o.png", "--r", "4", "--num_images", "0"], "--num_images"),

@@ -127,6 +127,10 @@ class Method:
         """Where in a block tokens merge."""
         return AFTER_ATTENTION
 
+    def windows(self) -> int:
+        """Windows per side that some merges keep to; 0 if none do."""
+        return 0
+
     def needs_score(self) -> bool:
         """True if the attention received is needed, which costs the fused attention kernel."""
         return self.pooling == "attention"

@@ -42,6 +42,10 @@ class LGTM(ToMe):
                 "which have nothing to merge; take a smaller one"
             )
 
+    def windows(self) -> int:
+        """The windows of the local merge, per side."""
+        return self.local_grid
+
     def amounts(self, count: int, layer: int) -> tuple[int, int]:
         """Windows times ceil(count / windows) locally, and `count` more in blocks with a global merge."""
         windows = self.local_grid**2
