@@ -40,6 +40,7 @@ from utils import RunError, log, mix_seed
 WHOLE_PIXELS = 32  # inputs up to this size show the whole image, without a crop
 MAX_TRIES = 100  # unreadable images in a row before training stops
 REPEATS = 3  # copies of an image under repeated augmentation, as in DeiT
+MANY_IMAGES = 10_000  # from which on it is the default: an epoch of a smaller set shows every image once
 ORDER = 2  # of the samples in an epoch: to be raised when the rule in `GlobalBatches` changes
 MAX_WORKERS = 10  # by default, as in DeiT
 IMAGES_PER_WORKER = 128  # a smaller set gets fewer workers by default: to start one takes as long as to read so many
@@ -370,9 +371,9 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
     So n ranks x batch b x accumulation k see what one process with a batch of n * b * k sees.
 
     An epoch of n images is n // global batch updates, as in DeiT. Its samples are as many images as fit, each once, or
-    3 times under repeated augmentation: the copies follow each other in the order, so that they meet in one batch, on
-    different ranks, as in DeiT's RASampler. No epoch holds all images then: without repeats the rest of n / global
-    batch stays out, with repeats two thirds. The epochs take turns:
+    3 times under repeated augmentation (by default that of sets of 10,000 images and more): the copies follow each
+    other in the order, so that they meet in one batch, on different ranks, as in DeiT's RASampler. No epoch holds all
+    images then: without repeats the rest of n / global batch stays out, with repeats two thirds. The epochs take turns:
 
         turns = n / (images of an epoch), rounded      3 with repeats; else 1, or 2 where half of the images fit
         cycle = epoch // turns                         in a cycle every image occurs once, but for the rounding
@@ -386,7 +387,8 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(self, n: int, args: Namespace, rank: int, world: int) -> None:
-        self.n, self.seed, self.repeats = n, args.seed, REPEATS if args.repeated_aug else 1
+        repeated = n >= MANY_IMAGES if args.repeated_aug is None else args.repeated_aug
+        self.n, self.seed, self.repeats = n, args.seed, REPEATS if repeated else 1
         self.batch_size, self.rank, self.world = args.batch_size, rank, world
         self.updates = max(1, n // (args.batch_size * args.accumulation_steps * world))
         self.steps = self.updates * args.accumulation_steps

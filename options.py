@@ -282,8 +282,8 @@ def _augmentation_flags(parser: Parser) -> None:
     group.add_argument("--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"))
     add_boolean(group, "three_augment", False, "DeiT-III's 3-Augment", "--ThreeAugment")
     add_boolean(group, "src", False, "simple random crop, with --three_augment")
-    text = "three augmented copies of an image in an epoch of the same length; three epochs see all images"
-    add_boolean(group, "repeated_aug", True, text)
+    text = "three copies of a third of the images in an epoch; three epochs see all (default: from 10,000 images on)"
+    add_boolean(group, "repeated_aug", None, text)
     group.add_argument("--hflip", type=unit_interval, default=0.5)
     group.add_argument("--reprob", type=unit_interval, default=0.25, help="random erasing")
     group.add_argument("--remode", default="pixel", choices=("pixel", "const", "rand"))

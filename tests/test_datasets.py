@@ -399,6 +399,12 @@ def test_an_epoch_is_described() -> None:
     assert words(170, batch_size=16) == "an epoch is 10 updates of 16 images: 160 of 170; the others come in the next"
 
 
+def test_small_sets_are_not_repeated_by_default() -> None:
+    for n, repeats in ((160, 1), (9_999, 1), (10_000, 3), (1_281_167, 3)):
+        assert GlobalBatches(n, make_args(repeated_aug=None), 0, 1).repeats == repeats
+        assert GlobalBatches(n, make_args(repeated_aug=True), 0, 1).repeats == 3
+
+
 def test_repeated_augmentation_is_deits_sampler() -> None:
     n, world = 600, 4
     batches = [GlobalBatches(n, make_args(repeated_aug=True, batch_size=8), r, world) for r in range(world)]

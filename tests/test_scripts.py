@@ -91,7 +91,7 @@ def test_finetuning_is_the_published_recipe(script: Path) -> None:
     _, args = echoed(script)
     recipe = dict(epochs=30, cooldown_epochs=10, warmup_epochs=0, lr_times=0.03, min_lr_times=0.1, mixup=0, cutmix=0)
     recipe |= dict(full_weight=1, full_r_max=8, consistency_weight=3, consistency_threshold=0.4, merged_weight=1)
-    recipe |= dict(weight_decay=0.05, drop_path=0.1, smoothing=0.1, reprob=0.25, repeated_aug=True, lr=5e-4)
+    recipe |= dict(weight_decay=0.05, drop_path=0.1, smoothing=0.1, reprob=0.25, repeated_aug=None, lr=5e-4)
     assert {name: getattr(args, name) for name in recipe} == recipe
 
 
