@@ -115,9 +115,11 @@ def _attention_table(content: dict[str, Any]) -> tuple[Table, ...]:
         for token_type, metrics in row["per_block"].items():
             spans = row["per_block_ci95"][token_type]
             last = [_last(metrics, spans, name) for name in names]
-            rows.append((row["label"], row["n_images"], token_type, *last))
+            paired = lookup(row, f"last_block_minus_baseline/{token_type}/entropy~")
+            rows.append((row["label"], row["n_images"], token_type, *last, paired))
     title = "last block, mean over heads; mean of patches: of the patches' own values"
-    return (Table(("model", "images", "token", *names.values()), tuple(rows), title),)
+    columns = ("model", "images", "token", *names.values(), "entropy less the first model's (paired)")
+    return (Table(columns, tuple(rows), title),)
 
 
 def _last(metrics: Mapping[str, Any], spans: Mapping[str, Any], name: str) -> str | None:
