@@ -143,14 +143,17 @@ def _similarity_table(content: dict[str, Any]) -> tuple[Table, ...]:
             label,
             cut,
             part["images_with"],
-            *(lookup(part, f"neighbours/{path}~") for path in ("outlier_mean", "normal_mean", "auc")),
+            *(
+                lookup(part, f"neighbours/{path}~")
+                for path in ("outlier_mean", "normal_mean", "auc", "auc_minus_baseline")
+            ),
         )
         for label, cut, part in series
     )
     title = (
         "cosine of a patch embedding to its neighbours; AUC: chance that an outlier's is larger (0.5: no difference)"
     )
-    columns = ("model", "cut", "images with outliers", "outlier", "normal", "AUC")
+    columns = ("model", "cut", "images with outliers", "outlier", "normal", "AUC", "less the first model's (paired)")
     tables = [Table(columns, neighbours, title)]
     pairs = list(dict.fromkeys(name for *_, part in series for name in part["cosines_centred"]))
     rows = []
@@ -190,6 +193,7 @@ def _reconstruction_table(content: dict[str, Any]) -> tuple[Table, ...]:
         ("MSE, normal", "mse/normal~"),
         ("MSE, outlier", "mse/outlier~"),
         ("ratio", "mse/ratio~"),
+        ("ratio less the first model's (paired)", "mse/ratio_minus_baseline~"),
         ("ratio, same contrast", "matched/contrast/ratio~"),
         ("ratio, same likeness to neighbours", "matched/likeness/ratio~"),
         ("ratio, same brightness", "matched/brightness/ratio~"),
