@@ -27,7 +27,7 @@ from models.merging import group_map, merge_by_map
 
 from . import charts
 from .inputs import ImageBatches, as_list, batches, evaluation
-from .intervals import Estimate, mean
+from .intervals import Estimate, difference, mean
 from .walk import Layer, attention, check_layer, check_patches, in_parts, per_patch, walk
 
 METRICS = ("entropy", "top_patch", "top_2_percent")
@@ -228,16 +228,22 @@ def _add_metrics(
             rows[-1][:, layer.index] = plain[:, :, index].mean(axis=1)
 
 
-def summarise(result: AttentionResult) -> dict[str, Any]:
-    """Metrics per block, averaged over heads, with intervals over images; None in blocks without the token."""
+def summarise(result: AttentionResult, baseline: AttentionResult | None = None) -> dict[str, Any]:
+    """Metrics per block, averaged over heads, with intervals over images; None in blocks without the token.
+
+    Args:
+        baseline: another model on the same images: the last block's difference to it comes too, paired by image.
+    """
 
     def listed(values: np.ndarray) -> list[float | None]:
         return [None if np.isnan(value) else float(value) for value in values.mean(axis=1)]
 
     means = result.means()
+    paired = baseline is not None and baseline is not result and baseline.images == result.images
     return {
         "label": result.label,
         "n_images": result.images,
+        "last_block_minus_baseline": _differences(baseline, result) if baseline is not None and paired else None,
         "per_block": {
             token: {name: listed(values) for name, values in table.items()} for token, table in means.items()
         },
@@ -246,6 +252,17 @@ def summarise(result: AttentionResult) -> dict[str, Any]:
             for token, table in means.items()
         },
     }
+
+
+def _differences(baseline: AttentionResult, result: AttentionResult) -> dict[str, dict[str, Any]]:
+    """Metrics of the last block less the baseline's, of the tokens that both models have."""
+    found: dict[str, dict[str, Any]] = {}
+    for token in (name for name in result.names if name in baseline.names):
+        found[token] = {}
+        for metric in METRICS:
+            first, second = (of.of_images(token, metric)[:, -1] for of in (baseline, result))
+            found[token] |= difference(first, second).named(metric)
+    return found
 
 
 # Maps of a few images
@@ -644,7 +661,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
         images = Images(args, loaded, title=f"attention of {loaded.label}")
         out.about(images.note)
         results.append(measure(loaded.model, images, label=loaded.label))
-    out.json("attention", {"models": [summarise(result) for result in results]})
+    out.json("attention", {"models": [summarise(result, results[0]) for result in results]})
     out.figure("attention_metrics", draw(results))
     if args.show < 1:
         log("--show 0: no map is drawn")

@@ -441,13 +441,13 @@ def add_patches_flag(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _read_patches(text: str) -> list[tuple[int, int]]:
     """7,7;0,3 -> [(7, 7), (0, 3)]."""
-    pairs = [tuple(int(number) for number in item.split(",")) for item in text.split(";")]
+    try:
+        pairs = [tuple(int(number) for number in item.split(",")) for item in text.split(";")]
+    except ValueError:
+        pairs = [()]
     if not all(len(pair) == 2 and min(pair) >= 0 for pair in pairs):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of patches; write row,column;row,column such as 7,7;0,3")
     return [(pair[0], pair[1]) for pair in pairs]
-
-
-_read_patches.__name__ = "list of patches"  # what argparse calls it in its error
 
 
 def add_command(

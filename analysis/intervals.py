@@ -96,6 +96,18 @@ def difference(first: np.ndarray, second: np.ndarray) -> Estimate:
     return mean(gap[np.isfinite(gap)])
 
 
+def paired(first: np.ndarray, second: np.ndarray, statistic: Statistic, contribute: Sequence[np.ndarray]) -> Estimate:
+    """statistic(second) - statistic(first), of tables (I,K) of the same images, which are resampled together.
+
+    Args:
+        contribute: (I,) bool of each of the two; the one with fewer images counts.
+    """
+    width = first.shape[1]
+    joined = np.concatenate((first, second), axis=1)
+    fewer = min(contribute, key=lambda flags: int(flags.sum()))
+    return estimate(joined, lambda row: statistic(row[width:]) - statistic(row[:width]), fewer)
+
+
 def text(estimate: Estimate, digits: int = 2, factor: float = 1.0) -> str:
     """A number for tables and captions: `1.99 [1.2, 2.7]`; `too few (n = 1)` below five images."""
     if not estimate.shown:

@@ -255,6 +255,8 @@ def draw_classes(result: ChangesResult, named: Named = str, schedule: int = -1) 
     for y, row in enumerate(rows):
         span = None if row.changed.ci95 is None else [100 * bound for bound in row.changed.ci95]
         charts.dots(ax, y, 100 * row.changed.value, span, charts.colour_of(1), across=True)
+    if not rows:
+        ax.text(0.5, 0.5, f"no class has {LEAST} images", transform=ax.transAxes, ha="center", color=charts.FAINT)
     overall = mean((result.tops[schedule] != result.tops[0]).astype(float))
     ax.axvline(100 * overall.value, color=charts.INK, lw=1, ls=":", label=f"all images: {text(overall, 1, 100)} %")
     ax.set_yticks(range(len(rows)), [f"{named(row.index)} ({row.images})" for row in rows], fontsize=7.5)

@@ -263,6 +263,11 @@ def mean_loss(probe: nn.Module, store: Store, indices: list[int], loss: Loss, ba
 # Errors of outlier and of normal patches
 
 
+def outlier_ratio(row: np.ndarray) -> float:
+    """Mean of outlier over mean of normal patches, of a row of `Split`."""
+    return ratio(ratio(row[0], row[1]), ratio(row[2], row[3]))
+
+
 @dataclass
 class Split:
     """Per image the sums of some error over its outlier and over its normal patches, and how many there are.
@@ -277,13 +282,18 @@ class Split:
         e, o = errors.double(), outlier.double()
         self.rows.append(torch.stack(((e * o).sum(1), o.sum(1), (e * (1 - o)).sum(1), (1 - o).sum(1)), dim=1))
 
+    @property
+    def table(self) -> np.ndarray:
+        """All rows (images,4)."""
+        return torch.cat(self.rows).numpy()
+
     def estimates(self) -> dict[str, Estimate]:
         """Mean over outlier and over normal patches, and their ratio; images with outliers contribute to it."""
-        table = torch.cat(self.rows).numpy()
+        table = self.table
         return {
             "outlier": mean_over(table[:, 0], table[:, 1]),
             "normal": mean_over(table[:, 2], table[:, 3]),
-            "ratio": estimate(table, lambda row: ratio(ratio(row[0], row[1]), ratio(row[2], row[3])), table[:, 1] > 0),
+            "ratio": estimate(table, outlier_ratio, table[:, 1] > 0),
         }
 
     def summary(self) -> dict[str, Any]:

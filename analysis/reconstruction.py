@@ -29,7 +29,7 @@ from models.vit import MergingViT
 
 from . import charts
 from .inputs import ImageBatches, as_list, batches, evaluation
-from .intervals import LEAST
+from .intervals import LEAST, paired
 from .outliers import DEFAULT_RULE, SCALED, SHARED, Histogram, Rule, Yardstick, describe_cuts
 from .probing import (
     BATCH,
@@ -44,6 +44,7 @@ from .probing import (
     fit_linear,
     mean_target,
     mlp_probe,
+    outlier_ratio,
     patch_features,
     squared_error,
     train_probe,
@@ -126,6 +127,7 @@ class ReconstructionResult:
         numbers: of images that fit the probes, stop their training and test them.
         errors: by cut, numbers of the test images, as the json holds them: `mse`, `l2`, `explained` and others split
             into outlier, normal and all patches; `matched` by property; `position` with top-1 and distance in cells.
+        tables: by cut, squared errors of each test image as in `Split` (I,4), to compare models image by image.
     """
 
     label: str
@@ -139,6 +141,7 @@ class ReconstructionResult:
     held_back: list[int]
     numbers: dict[str, int]
     errors: dict[str, dict[str, Any]]
+    tables: dict[str, np.ndarray]
 
     @property
     def drawn(self) -> list[str]:
@@ -202,9 +205,20 @@ def measure(
             positions = _fit_positions(store, folds, epochs, seed, _prefixed(report, f"position probe of {label}, "))
         probes = Probes(pixels, positions)
         numbers = {"n_fit": len(folds.train), "n_stop": len(folds.val), "n_test": len(folds.test)}
-        errors = {name: _test(vit, store, folds, probes, true, cut, grid) for name, cut in cuts.items()}
+        tested = {name: _test(vit, store, folds, probes, true, cut, grid) for name, cut in cuts.items()}
     return ReconstructionResult(
-        label, tokens, probe, target, outlier_layer, yardstick, cuts, probes, folds.test, numbers, errors
+        label,
+        tokens,
+        probe,
+        target,
+        outlier_layer,
+        yardstick,
+        cuts,
+        probes,
+        held_back=folds.test,
+        numbers=numbers,
+        errors={name: errors for name, (errors, _) in tested.items()},
+        tables={name: table for name, (_, table) in tested.items()},
     )
 
 
@@ -229,8 +243,8 @@ def _fit_positions(store: Store, folds: Folds, epochs: int, seed: int, report: C
 @torch.no_grad()
 def _test(
     model: MergingViT, store: Store, folds: Folds, probes: Probes, target: Target, cut: float, grid: tuple[int, int]
-) -> dict[str, Any]:
-    """Errors of the test images, split and matched."""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Errors of the test images, split and matched; and the table of squared errors, see `Split`."""
     patch, device = model.patch_embed.patch_size, next(model.parameters()).device
     mean, lengths = mean_target(store, folds, target), store.norms
     splits: dict[str, Split] = {}
@@ -252,7 +266,7 @@ def _test(
             splits.setdefault(name, Split()).add(value, outlier)
         for name, pairs in matched.items():
             pairs.add(values["mse"], outlier, values[name])
-    return _summaries(splits, matched)
+    return _summaries(splits, matched), splits["mse"].table
 
 
 def _summaries(splits: dict[str, Split], matched: dict[str, Matched]) -> dict[str, Any]:
@@ -269,14 +283,26 @@ def _summaries(splits: dict[str, Split], matched: dict[str, Matched]) -> dict[st
     }
 
 
-def summarise(result: ReconstructionResult) -> dict[str, Any]:
-    """The row of one model, for json: errors under both cuts, shares as fractions."""
-    of = result.yardstick
+def summarise(result: ReconstructionResult, baseline: ReconstructionResult | None = None) -> dict[str, Any]:
+    """The row of one model, for json: errors under both cuts, shares as fractions.
+
+    Args:
+        baseline: another model on the same images: the ratio of errors less its one comes too, paired by image.
+    """
+    of, less = result.yardstick, {}
+    if baseline is not None and baseline is not result and baseline.held_back == result.held_back:
+        for name, table in result.tables.items():
+            tables = baseline.tables[name], table
+            change = paired(*tables, outlier_ratio, [rows[:, 1] > 0 for rows in tables])
+            less[name] = change.named("ratio_minus_baseline")
     return {
         "label": result.label,
         **result.numbers,
         "outlier_cut": {"rule": str(of.rule), "of": of.of, "cut": of.cut},
-        **{name: {"cut": result.cuts[name], **errors} for name, errors in result.errors.items()},
+        **{
+            name: {"cut": result.cuts[name], **errors, "mse": {**errors["mse"], **less.get(name, {})}}
+            for name, errors in result.errors.items()
+        },
     }
 
 
@@ -467,7 +493,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     for m, images in zip(models, sets, strict=True):
         common = results[0].yardstick if results else None
         results.append(measure(m.model, images, **options, yardstick=common, seed=m.args.seed, label=m.label))
-    rows = [summarise(result) for result in results]
+    rows = [summarise(result, results[0]) for result in results]
     head = {"probe": args.probe, "feat": args.feat, "target": args.target, "outlier_rule": str(rule), "models": rows}
     out.json("reconstruction", head)
     out.npz("reconstruction", {f"{i}/{k}": np.asarray(v) for i, row in enumerate(rows) for k, v in _flat(row).items()})

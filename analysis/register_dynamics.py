@@ -342,7 +342,8 @@ def simulate_all(
     for r in schedules:
         for rule in rules:
             alone = simulate(rule, whole.plan(r).merges, registers, keys)
-            rows.append({"R": registers, "r": r, "rule": rule, "correlation": correlation, "registers_alone": alone})
+            row = {"R": registers, "r": r, "rule": rule, "correlation": correlation, "n_draws": images}
+            rows.append({**row, "registers_alone": alone})
     return rows
 
 
@@ -418,7 +419,10 @@ def draw_simulation(rows: Sequence[dict[str, Any]]) -> Figure:
             ax.plot(range(-1, len(values) - 1), values, color=charts.colour_of(index), label=row["rule"])
         ax.set_title(f"r={r}")
         ax.set_xlabel("after block")
+        ax.set_ylim(0, None)
     axes[0, 0].legend(loc="lower left")
+    axes[0, 0].set_ylabel("registers")
+    charts.footer(figure, f"Means over n = {rows[0]['n_draws']} draws of random keys; no model is in this picture.")
     return figure
 
 

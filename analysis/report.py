@@ -115,9 +115,11 @@ def _attention_table(content: dict[str, Any]) -> tuple[Table, ...]:
         for token_type, metrics in row["per_block"].items():
             spans = row["per_block_ci95"][token_type]
             last = [_last(metrics, spans, name) for name in names]
-            rows.append((row["label"], row["n_images"], token_type, *last))
+            paired = lookup(row, f"last_block_minus_baseline/{token_type}/entropy~")
+            rows.append((row["label"], row["n_images"], token_type, *last, paired))
     title = "last block, mean over heads; mean of patches: of the patches' own values"
-    return (Table(("model", "images", "token", *names.values()), tuple(rows), title),)
+    columns = ("model", "images", "token", *names.values(), "entropy less the first model's (paired)")
+    return (Table(columns, tuple(rows), title),)
 
 
 def _last(metrics: Mapping[str, Any], spans: Mapping[str, Any], name: str) -> str | None:
@@ -141,14 +143,17 @@ def _similarity_table(content: dict[str, Any]) -> tuple[Table, ...]:
             label,
             cut,
             part["images_with"],
-            *(lookup(part, f"neighbours/{path}~") for path in ("outlier_mean", "normal_mean", "auc")),
+            *(
+                lookup(part, f"neighbours/{path}~")
+                for path in ("outlier_mean", "normal_mean", "auc", "auc_minus_baseline")
+            ),
         )
         for label, cut, part in series
     )
     title = (
         "cosine of a patch embedding to its neighbours; AUC: chance that an outlier's is larger (0.5: no difference)"
     )
-    columns = ("model", "cut", "images with outliers", "outlier", "normal", "AUC")
+    columns = ("model", "cut", "images with outliers", "outlier", "normal", "AUC", "less the first model's (paired)")
     tables = [Table(columns, neighbours, title)]
     pairs = list(dict.fromkeys(name for *_, part in series for name in part["cosines_centred"]))
     rows = []
@@ -188,6 +193,7 @@ def _reconstruction_table(content: dict[str, Any]) -> tuple[Table, ...]:
         ("MSE, normal", "mse/normal~"),
         ("MSE, outlier", "mse/outlier~"),
         ("ratio", "mse/ratio~"),
+        ("ratio less the first model's (paired)", "mse/ratio_minus_baseline~"),
         ("ratio, same contrast", "matched/contrast/ratio~"),
         ("ratio, same likeness to neighbours", "matched/likeness/ratio~"),
         ("ratio, same brightness", "matched/brightness/ratio~"),

@@ -26,7 +26,7 @@ from models import MergingViT, UserError
 
 from . import charts
 from .inputs import ImageBatches, as_list, batches, evaluation
-from .intervals import LEAST, Estimate, estimate, mean_over, resample, text
+from .intervals import LEAST, Estimate, estimate, mean_over, paired, resample, text
 from .outliers import (
     DEFAULT_RULE,
     SCALED,
@@ -102,16 +102,21 @@ class CosineHistogram:
 
     def auc(self) -> Estimate:
         """The chance that an outlier's pair is more similar than a normal patch's; images with outliers contribute."""
-        table = np.concatenate(self.coarse)
-        of_both = table.sum(axis=2)
-        contributes = of_both[:, 1] > 0
-        flat = table.reshape(len(table), -1)
-
-        def statistic(row: np.ndarray) -> float:
-            return area_under_curve(row[AUC_BINS:], row[:AUC_BINS])
-
-        found = estimate(flat, statistic, contributes)
+        table, contributes = self._per_image()
+        found = estimate(table, _coarse_auc, contributes)
         return Estimate(area_under_curve(self.counts[1], self.counts[0]), found.ci95, found.n)
+
+    def auc_less(self, other: "CosineHistogram") -> Estimate:
+        """This AUC less that of another model on the same images, which are resampled together."""
+        (first, in_first), (second, in_second) = other._per_image(), self._per_image()
+        found = paired(first, second, _coarse_auc, (in_first, in_second))
+        value = area_under_curve(self.counts[1], self.counts[0]) - area_under_curve(other.counts[1], other.counts[0])
+        return Estimate(value, found.ci95, found.n)
+
+    def _per_image(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of each image in coarse bins (I,2*AUC_BINS), and whether it has an outlier (I,)."""
+        table = np.concatenate(self.coarse)
+        return table.reshape(len(table), -1), table[:, 1].sum(axis=1) > 0
 
     def summary(self) -> dict[str, Any]:
         """Pairs, mean and median of both with intervals over images, and the AUC."""
@@ -124,6 +129,11 @@ class CosineHistogram:
         for name, value in self.means().items():
             summary |= value.named(f"{name}_mean")
         return summary | self.auc().named("auc")
+
+
+def _coarse_auc(row: np.ndarray) -> float:
+    """The AUC of sums of `CosineHistogram.coarse`."""
+    return area_under_curve(row[AUC_BINS:], row[:AUC_BINS])
 
 
 def area_under_curve(first: np.ndarray, second: np.ndarray) -> float:
@@ -390,13 +400,22 @@ def _cosines_of_maps(layer: Layer) -> np.ndarray:
     return map_cosines(maps).double().cpu().numpy()
 
 
-def summarise(result: SimilarityResult) -> dict[str, Any]:
-    """Numbers of one model, under both cuts; a mean over no pair is None or NaN."""
+def summarise(result: SimilarityResult, baseline: SimilarityResult | None = None) -> dict[str, Any]:
+    """Numbers of one model, under both cuts; a mean over no pair is None or NaN.
+
+    Args:
+        baseline: another model on the same images: the AUC less its one comes too, paired by image.
+    """
+    cuts = {name: cosines.summary() for name, cosines in result.by_cut.items()}
+    if baseline is not None and baseline is not result and baseline.images == result.images:
+        for name, cosines in result.by_cut.items():
+            change = cosines.neighbours.auc_less(baseline.by_cut[name].neighbours)
+            cuts[name]["neighbours"] |= change.named("auc_minus_baseline")
     return {
         "label": result.label,
         "n_images": result.images,
         "outlier_cut": {"rule": str(result.yardstick.rule), "of": result.yardstick.of, "cut": result.yardstick.cut},
-        **{name: cosines.summary() for name, cosines in result.by_cut.items()},
+        **cuts,
         "map_kinds": list(result.token_types),
         "map_cosines": result.maps.tolist(),
         "map_cosines_ci95": result.maps_ci95.tolist(),
@@ -553,7 +572,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
         out.about(images.note)
         common = results[0].yardstick if results else None
         results.append(measure(loaded.model, images, layer=args.layer, rule=rule, yardstick=common, label=loaded.label))
-    rows = [summarise(result) for result in results]
+    rows = [summarise(result, results[0]) for result in results]
     out.json("similarity", {"outlier_rule": str(rule), "models": rows})
     for loaded, result in zip(models, results, strict=True):
         out.npz(f"similarity_{loaded.slug}", arrays(result))

@@ -13,6 +13,7 @@ patch grid.
 
 import os
 import re
+import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -179,7 +180,7 @@ def _read(file: Path) -> Snapshot:
     try:
         with np.load(file, allow_pickle=False) as content:
             values: dict[str, Any] = {part.name: content[part.name] for part in fields(Snapshot)}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read the snapshot {file} ({error}); remove it") from error
     values["epoch"], values["pictures"] = int(values["epoch"]), values["pictures"] / 255.0
     values["token_types"] = tuple(str(name) for name in values["token_types"])

@@ -138,7 +138,7 @@ def merged(args: Namespace, main_args: Namespace) -> None:
     film = spread(depth, GIF_FRAMES) if args.gif else []
     criteria = {*blocks, *film} if "criteria" in args.views else ()
     shown = unnormalise(images, config)
-    label = main_args.model
+    label = main_args.model or Path(str(main_args.finetune or "model")).stem
     result = merged_tokens.measure(model, images, pictures=shown, captions=captions, criteria=criteria, label=label)
     save_picture(merged_tokens.draw(result, args.views, blocks), args.out)
     if args.gif:

@@ -197,6 +197,7 @@ def test_one_yardstick_for_all_models(toy: str, tmp_path: Path) -> None:
     assert norms["shared"]["share"] != norms["quantile:0.98"]["share"]
     content = analyse("reconstruction", tmp_path / "rec", *flags, "--epochs", "1", "--show", "0")
     one, two = content["models"]
+    assert two["shared"]["mse"]["ratio_minus_baseline_n"] <= 6 and "ratio_minus_baseline" not in one["shared"]["mse"]
     assert one["outlier_cut"] == two["outlier_cut"] and one["shared"]["cut"] == two["shared"]["cut"]
     assert two["shared_scaled"]["cut"] != two["shared"]["cut"]
 

@@ -99,6 +99,10 @@ def test_attention_is_timms() -> None:
     entropy = -(share * share.log()).sum(dim=-1) / np.log(tiny.PATCHES)
     np.testing.assert_allclose(means["class"]["entropy"][1], entropy.mean(dim=0), rtol=1e-5)
     np.testing.assert_allclose(means["class"]["top_patch"][1], share.amax(dim=-1).mean(dim=0), rtol=1e-5)
+    other = attention.measure(tiny.timm_vit(seed=1), images)
+    paired = attention.summarise(other, result)["last_block_minus_baseline"]["class"]
+    gap = other.of_images("class", "entropy")[:, -1] - result.of_images("class", "entropy")[:, -1]
+    assert paired["entropy"] == pytest.approx(gap.mean()) and paired["entropy_ci95"] is None  # four images
     taken = attention.attention_maps(model, images, np.zeros((4, 32, 32, 3)), layer=1, patches=[(0, 1)])
     np.testing.assert_allclose(taken.rows[:, :, 0].reshape(4, heads, -1), maps[:, :, 0, 1:], rtol=1e-4)
     np.testing.assert_allclose(taken.patches[:, :, 0].reshape(4, heads, -1), maps[:, :, 2, 1:], rtol=1e-4)

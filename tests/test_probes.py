@@ -145,6 +145,15 @@ def test_intervals_cover_and_pair() -> None:
         low, high = intervals.mean(generator.normal(size=40)).ci95 or (0, 0)
         missed += not low < 0 < high
     assert 3 <= missed <= 24
+    table = generator.gamma(2.0, size=(40, 4)) + np.array([0, 1, 0, 1])
+    other = table * np.array([1.3, 1, 1, 1])  # a third more error at outliers in every image: no doubt about that
+    all_images = np.ones(40, dtype=bool)
+    change = intervals.paired(table, other, probing.outlier_ratio, (all_images, all_images))
+    alone = intervals.estimate(table, probing.outlier_ratio)
+    assert change.value == pytest.approx(0.3 * alone.value) and change.ci95 and alone.ci95
+    assert change.ci95[0] > 0 and np.ptp(change.ci95) < 0.4 * np.ptp(alone.ci95)
+    few = np.arange(40) < 3
+    assert intervals.paired(table, other, probing.outlier_ratio, (all_images, few)).ci95 is None
     first = generator.normal(size=60)
     second = first + 0.1 * generator.normal(size=60) + 0.05
     low, high = intervals.difference(first, second).ci95 or (0, 0)

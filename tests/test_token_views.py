@@ -166,7 +166,7 @@ def test_commands(toy: list[str], words: list[str], files: set[str], tmp_path: P
         (["pca", "--layers", "9"], "--layers is 9"),
         (["pca", "--show", "0"], "--show"),
         (["cosine", "--patches", "9,9"], "4 x 4 patches"),
-        (["cosine", "--patches", "7"], "list of patches"),
+        (["cosine", "--patches", "7"], "row,column;row,column"),
         (["fate"], "--r 16"),
     ],
 )

@@ -87,10 +87,20 @@ def test_a_run_and_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture
         ([], "--run DIR"),
         (["--run", "nowhere"], "holds no snapshot"),
         (["--run", "x", "--model", "deit_digits"], "needs no model"),
+        (["--run", "torn"], "cannot read the snapshot"),
         (["--checkpoints", "nowhere.pth"], "nowhere.pth"),
     ],
 )
-def test_mistakes(flags: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    flags: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "epoch_00001.npz").write_bytes(b"PK\x03\x04 no more")
     assert analyze.main(["training", *flags, "--out", str(tmp_path / "o")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and reason in err
