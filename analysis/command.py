@@ -173,13 +173,19 @@ def specs_of(args: Namespace) -> list[Spec]:
     return [Spec(None, (*name, *weights))]
 
 
+def _negative(flag: str) -> str:
+    """Return the flag that switches off what a boolean flag switches on, or the other way round."""
+    return f"--{flag[5:]}" if flag.startswith("--no_") else f"--no_{flag[2:]}"
+
+
 def main_args(main_argv: Sequence[str], spec: Spec | None = None) -> Namespace:
     """Options of main.py for one model.
 
     Raises:
         UserError: an option that no instrument heeds.
     """
-    argv = [*main_argv, *(spec.flags if spec else ())]
+    own = spec.flags if spec else ()
+    argv = [*(word for word in main_argv if _negative(word) not in own), *own]
     check_heeded(argv, flags_of(*INFERENCE_GROUPS), "an analysis")
     return parse_args(["--eval", "--batch_size", BATCH_SIZE, *argv])
 
@@ -257,7 +263,7 @@ class Images:
     def _describe(self, split: str) -> str:
         """The images in words: where from, how many, and which of them a limit took."""
         total, step, folder = len(self.set.source.labels), self.set.indices.step, getattr(self.args, "data", None)
-        name = folder if folder is not None else f"{self.loaded.args.dataset} {split}"
+        name = " ".join(map(str, folder)) if folder is not None else f"{self.loaded.args.dataset} {split}"
         every = f", every {ordinal(step)} of {total}" if step > 1 else ""
         return f"{name}: {len(self)} images{every}"
 

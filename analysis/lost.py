@@ -643,7 +643,7 @@ def _data_note(args: Namespace, used: int, total: int) -> str:
     from .command import ordinal
 
     every = f", every {ordinal(math.ceil(total / used))} of {total}" if used < total else ""
-    return f"{args.voc or args.data}: {used} images{every}, at their own size"
+    return f"{args.voc or ' '.join(map(str, args.data))}: {used} images{every}, at their own size"
 
 
 def _line(row: dict[str, Any]) -> str:

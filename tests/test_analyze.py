@@ -107,6 +107,12 @@ def test_no_image_to_draw(toy: str, photos: Path, tmp_path: Path, capsys: pytest
     assert "none of the 1 images to be drawn can be read" in capsys.readouterr().err
 
 
+def test_a_models_own_boolean_wins_over_that_of_all() -> None:
+    both = program.main_args(["--r", "4", "--prop_attn"], program.parse_spec("deit_digits,prop_attn=false"))
+    assert both.prop_attn is False and both.r == "4"
+    assert program.main_args(["--r", "4", "--no_prop_attn"], program.parse_spec("deit_digits,prop_attn=true")).prop_attn
+
+
 def test_weights_that_are_not_finite(
     toy: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
