@@ -21,7 +21,7 @@ from models import MergingViT, UserError, create_model
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
-from models.schedule import format_schedule, parse_schedule
+from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
 from models.weights import extract_state_dict, load_weights, unwrap_state_dict
 from options import merge_config
 from sources import differing_classes, readable_names
@@ -169,10 +169,17 @@ def _published_classes(name: str) -> int | None:
     return None if cfg is None else cfg.num_classes
 
 
+def _asks(schedule: Schedule) -> bool:
+    """Tell whether a schedule asks for any merging; one of zeros is another way to write r = 0."""
+    if isinstance(schedule, Inflection):
+        return schedule.r > 0
+    return any(count > 0 for count in schedule) if isinstance(schedule, tuple) else schedule > 0
+
+
 def _check_merges(model: MergingViT, args: Namespace) -> None:
     """Refuse an amount of merging of which no block takes any."""
     for r in args.r_evals or [model.merge.r]:
-        if model.merge.method != "none" and parse_schedule(r) != 0 and not any(model.plan(r).merges):
+        if model.merge.method != "none" and _asks(parse_schedule(r)) and not any(model.plan(r).merges):
             raise UserError(
                 f"r={format_schedule(parse_schedule(r))} merges nothing in the {len(model.blocks)} blocks of this "
                 "model; check --dense_layers, --activate_layer and --r, or give --merge none"

@@ -501,21 +501,25 @@ def check(args: Namespace) -> None:
     for name in args.models:
         check_name(name)
     if args.methods is None:
-        args.methods = [method for method in DEFAULT_METHODS if _fits(method, args)] or list(DEFAULT_METHODS)
+        misfits = {method: _misfit(method, args) for method in DEFAULT_METHODS}
+        # where none fits, the schedule is to blame, which is told below
+        args.methods = [name for name, reason in misfits.items() if reason is None] or list(DEFAULT_METHODS)
+        for name, reason in misfits.items():
+            if name not in args.methods:
+                log(f"note: {name} is left out: {reason}")
     _check_schedules(args)
 
 
-def _fits(method: str, args: Namespace) -> bool:
-    """Tell whether a method that nobody named can be built for every model; its blocks may be those of another one."""
+def _misfit(method: str, args: Namespace) -> str | None:
+    """Say why a method that nobody named cannot be built for some model; its blocks may be those of another one."""
     alone = copy(args)
     alone.methods = [method]
     try:
         for model, img_size in {(setting.model, setting.img_size) for setting in settings(args)}:
             build_variants(native_model(model, img_size=img_size), alone)
     except UserError as error:
-        log(f"note: {method} is left out: {error}")
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def _check_device(device: str) -> None:

@@ -16,6 +16,7 @@ from runs import toy_model
 import main
 import options
 import trainer
+from models.schedule import parse_schedule
 
 CHECKS = list(HealthCheck)
 SOME = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=CHECKS, database=None)
@@ -60,16 +61,14 @@ def one_of(*words: str) -> st.SearchStrategy[str]:
     return st.sampled_from(words)
 
 
-r_list = st.lists(st.integers(0, 8), min_size=2, max_size=3).map(lambda r: ",".join(map(str, r)))
-SCHEDULES = (
-    whole(0, 20) | number(0.01, 0.99) | r_list | r_list.map("[{}]".format) | one_of("(4,-1)", "(4,0.5)", "(0,1)")
-)
+r_list = st.lists(st.integers(1, 8), min_size=2, max_size=3).map(lambda r: ",".join(map(str, r)))
+SCHEDULES = whole(0, 20) | number(0.3, 0.99) | r_list | r_list.map("[{}]".format) | one_of("(4,-1)", "(4,0.5)", "(0,1)")
 # flags that go together in any combination, and values that each of them takes
 VALID: dict[str, st.SearchStrategy[str]] = {
     "--r": SCHEDULES,
     "--num_registers": whole(1, 4),
     "--activate_layer": one_of("0", "1,2", "[0,2]", "2,0,1"),
-    "--min_tokens": whole(0, 20),
+    "--min_tokens": whole(0, 3),
     "--pooling": one_of("size", "max", "mean"),
     "--batch_size": whole(1, 8).map(lambda n: str(2 * int(n))),
     "--accumulation_steps": whole(1, 4),
@@ -117,11 +116,16 @@ SWITCHES += ["--unscale_lr", "--dist_eval", "--three_augment", "--no_pretrained"
 @st.composite
 def valid_lines(draw: st.DrawFn) -> list[str]:
     flags = draw(st.lists(st.sampled_from(sorted(VALID)), max_size=8, unique=True))
+    switches = draw(st.lists(st.sampled_from(SWITCHES), max_size=3, unique=True))
+    switches = [switch for switch in switches if switch.replace("--", "--no_") not in switches]  # a contradiction
+    idle = {"--aa", "--reprob", "--remode"} if "--three_augment" in switches else set()
+    flags = [flag for flag in flags if flag not in idle and not (flag == "--opt" and "--momentum" in flags)]
+    switches += ["--opt", "momentum"] if "--momentum" in flags else []
     if "--activate_layer" in flags or "--min_tokens" in flags or "--pooling" in flags:
         flags = sorted({*flags, "--r"})
     words = [word for flag in flags for word in (flag, draw(VALID[flag]))]
     words = [word.replace("_", "-") if word.startswith("--") and draw(st.booleans()) else word for word in words]
-    return [*words, *draw(st.lists(st.sampled_from(SWITCHES), max_size=3, unique=True))]
+    return [*words, *switches]
 
 
 @SOME
@@ -131,7 +135,7 @@ def test_valid_command_lines_build_a_run(flags: list[str]) -> None:
 
 
 @SOME
-@given(st.lists(SCHEDULES, min_size=1, max_size=4), st.booleans())
+@given(st.lists(SCHEDULES, min_size=1, max_size=4, unique_by=parse_schedule), st.booleans())
 def test_every_schedule_evaluates(forms: list[str], agreement: bool) -> None:
     flags = ["--eval", "--r_evals", *forms, *(["--agreement"] if agreement else [])]
     assert play([*BASE, *flags]) == (0, "")
