@@ -107,6 +107,8 @@ def _exported(argv: Sequence[str]) -> Path | None:
         return None
     if not place.exists():
         raise UserError(f"--resume {place} does not exist; check the path")
+    if (place / "best.pth").is_file():
+        raise UserError(f"--resume {place} is the folder of a run; name {place / 'best.pth'}")
     return place
 
 

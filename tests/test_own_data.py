@@ -331,6 +331,7 @@ def test_predictions_are_the_accuracy_of_the_evaluation(
         (["IMAGES", "--resume", "TEXT.onnx"], ["is not an ONNX file of run/export.py"]),
         (["IMAGES", "--resume", "TEXT.pt2"], ["is not a .pt2 of run/export.py"]),
         (["IMAGES", "--resume", "FOLDER"], ["is not a folder of run/export.py"]),
+        (["IMAGES", "--resume", "RUN"], ["is the folder of a run; name", "best.pth"]),
         (["IMAGES", "--resume", "FOLDER", "--r", "4"], ["--r has no effect on an exported model"]),
         (["IMAGES", "--json", "-", "--csv", "-"], ["cannot both"]),
         (["IMAGES", "--model", "deit_digits", "--no_pretrained", "--picture", "p.png"], ["merges nothing"]),
@@ -338,9 +339,9 @@ def test_predictions_are_the_accuracy_of_the_evaluation(
     ],
 )
 def test_mistakes_in_predicting_are_one_line(
-    capsys: Capture, photos: Path, tmp_path: Path, flags: list[str], words: list[str]
+    capsys: Capture, photos: Path, trained: Path, tmp_path: Path, flags: list[str], words: list[str]
 ) -> None:
-    places = {"IMAGES": str(photos / "val"), "FOLDER": str(tmp_path)}
+    places = {"IMAGES": str(photos / "val"), "FOLDER": str(tmp_path), "RUN": str(trained)}
     for suffix in (".onnx", ".pt2"):
         (tmp_path / f"text{suffix}").write_text("text")
         places[f"TEXT{suffix}"] = str(tmp_path / f"text{suffix}")
