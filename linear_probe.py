@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from datasets import Data, ImageSet, build_eval_loader, build_transform
 from distributed import Distributed, broadcast_object
 from engine import Precision
-from models import MergingViT
+from models import MergingViT, UserError
 from utils import log
 
 SMALL = 10_000  # training images up to which a new head is probed without being asked
@@ -34,9 +34,14 @@ def init_head(
 
     Args:
         fresh: parameters that no weights were found for.
+
+    Raises:
+        UserError: --head_init is given, and there is no such classifier.
     """
     assert data.train is not None, "a head is fitted in training"
     heads = [name for name in HEADS if f"{name}.weight" in fresh and isinstance(getattr(model, name), nn.Linear)]
+    if args.head_init and not heads:
+        raise UserError("--head_init has no effect: only a new head on pretrained weights is made; leave it out")
     kind = args.head_init or ("probe" if len(data.train) <= SMALL else "random")
     if not heads or kind == "random" or data.num_classes < 2:
         return
