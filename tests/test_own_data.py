@@ -221,6 +221,7 @@ def test_a_new_head_starts_as_a_probe_of_its_weights(capsys: Capture, photos: Pa
     assert "probe" not in succeeds(
         capsys, digits("--output_dir", tmp_path / "untrained")
     )  # no weights, nothing to probe
+    assert "--head_init has no effect" in refusal(capsys, digits("--head_init", "probe"))
 
 
 @pytest.mark.parametrize("present", [(0, 1, 2, 3), (1, 3), (2,)], ids=str)
