@@ -22,10 +22,10 @@ from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
-from models.weights import extract_state_dict, load_weights, unwrap_state_dict
+from models.weights import HEADS, extract_state_dict, load_weights, unwrap_state_dict
 from options import merge_config
 from sources import differing_classes, readable_names
-from utils import log, seed_all, setup_output, to_jsonable, without_credentials
+from utils import log, seed_all, to_jsonable, without_credentials
 
 
 class Weights:
@@ -150,7 +150,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         fresh = report.fresh
     elif weights.pretrained and _published_classes(weights.name) not in (None, model.num_classes) and not args.eval:
         log(f"{weights.name}: published weights; the head is fresh, for {num_classes} classes")
-        fresh = tuple(name for name in model.state_dict() if name.split(".")[0] in ("head", "head_dist"))
+        fresh = tuple(name for name in model.state_dict() if name.split(".")[0] in HEADS)
     return BuiltModel(model, fresh)
 
 
@@ -320,7 +320,6 @@ class Prepared(NamedTuple):
 
 def prepare(args: Namespace, dist: Distributed) -> Prepared:
     """Build everything that training and evaluation share; the cheapest checks come first."""
-    setup_output(args.output_dir, dist.is_main)
     seed_all(args.seed)  # the same fresh parameters on all ranks
     precision = build_precision(args, dist.device)
     weights = Weights(args, args.model)

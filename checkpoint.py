@@ -11,9 +11,7 @@ so that a kill between any two lines leaves a whole checkpoint under one of the 
 newest whole one. A disk that lies about syncing can still leave a torn file: that is what the fallback is for.
 """
 
-import argparse
 import os
-import pathlib
 import random
 import re
 import shutil
@@ -31,21 +29,12 @@ from safetensors.torch import load_file
 from distributed import broadcast_object
 from downloads import cached_path, fetch, is_url
 from models.errors import UserError
+from models.weights import SAFE_TYPES
 from utils import atomic_write, first_line, is_main_process, log, temporary_path, without_credentials
 
 
 class DamagedCheckpoint(UserError):
     """A file that is torn, altered or no checkpoint at all, so that the one before it may serve instead."""
-
-
-# Types besides tensors and plain values that a checkpoint may hold.
-# DeiT and MCTF save their argparse Namespace; under submitit DeiT's output_dir is a path, read here as a pure one,
-# which has no way to the disk. Python 3.13 pickles paths as pathlib._local.
-_ALLOWED_TYPES: list[Any] = [
-    argparse.Namespace,
-    (pathlib.PurePosixPath, "pathlib.PosixPath"),
-    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
-]
 
 
 _RESUME_KEYS = ("model", "optimizer", "lr_scheduler", "epoch")
@@ -193,7 +182,7 @@ def _load_safetensors(file: Path, map_location: str | torch.device) -> dict[str,
 
 def _unpickle(file: Path, start: bytes, map_location: str | torch.device) -> Any:
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED_TYPES):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_TYPES):
             warnings.simplefilter("ignore")  # of foreign files; the error below says it in one line
             return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # the unpickler raises nearly any type on foreign bytes

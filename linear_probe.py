@@ -18,11 +18,11 @@ from datasets import Data, ImageSet, build_eval_loader, build_transform
 from distributed import Distributed, broadcast_object
 from engine import Precision
 from models import MergingViT, UserError
+from models.weights import HEADS
 from utils import log
 
 SMALL = 10_000  # training images up to which a new head is probed without being asked
 MAX_IMAGES = 4096  # that a probe sees
-HEADS = ("head", "head_dist")
 
 
 def init_head(

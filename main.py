@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import interrupts  # noqa: F401  # isort: skip  # first: Ctrl-C while the rest is imported
@@ -25,7 +24,17 @@ from models.registry import native_model
 from models.schedule import TokenPlan, format_schedule, parse_schedule
 from options import exit_status, parse_args
 from trainer import run_training
-from utils import StopSignal, compile_model, die_with_launcher, git_revision, log, to_jsonable, versions, write_json
+from utils import (
+    StopSignal,
+    compile_model,
+    die_with_launcher,
+    git_revision,
+    log,
+    setup_output,
+    to_jsonable,
+    versions,
+    write_json,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +56,7 @@ def run(argv: Sequence[str]) -> int:
 
 def run_eval(args: Namespace, dist: Distributed) -> int:
     """Evaluate every schedule of --r_evals in one pass over the data, and write result.json."""
+    folder = setup_output(args.output_dir, dist.is_main)
     data, weights, model, _, precision = prepare(args, dist)
     schedules = [parse_schedule(r) for r in args.r_evals or [model.merge.r]]
     plans = [model.plan(r) for r in schedules]  # a schedule that does not fit is told before the pass over the data
@@ -74,9 +84,9 @@ def run_eval(args: Namespace, dist: Distributed) -> int:
         "args": to_jsonable(args),
         "rows": rows,
     }
-    if args.output_dir and dist.is_main:  # args.json is the record of the training run that may lie there
-        write_json(Path(args.output_dir) / "result.json", result)
-        log(f"wrote {Path(args.output_dir) / 'result.json'}")
+    if folder is not None and dist.is_main:  # args.json is the record of the training run that may lie there
+        write_json(folder / "result.json", result)
+        log(f"wrote {folder / 'result.json'}")
     barrier()
     return 0
 

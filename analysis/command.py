@@ -465,3 +465,22 @@ def add_command(
     add_flags(parser, images)
     parser.set_defaults(run=run)
     return parser
+
+
+def measure_shown(
+    measure: Callable[..., Any], args: Namespace, models: Sequence[Loaded], out: Output, what: str, **options: Any
+) -> list[Any]:
+    """Measure all models on the images that are drawn, args.show of them; returns a result each.
+
+    Args:
+        measure: an instrument's, of (model, images, pictures), that takes captions and a label.
+        what: is read off the models, for the progress bar.
+        options: of `measure`.
+    """
+    results = []
+    for loaded in models:
+        images = Images(args, loaded, title=f"{what} of {loaded.label}", limit=args.show)
+        out.about(images.note)
+        tensor, pictures = images.load()
+        results.append(measure(loaded.model, tensor, pictures, captions=images.names(), label=loaded.label, **options))
+    return results

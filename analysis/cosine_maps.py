@@ -140,7 +140,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: Namespace, main_argv: Sequence[str]) -> None:
     """Write cosine.json, cosine.npz and the figure."""
-    from .command import Images, Output, load_models
+    from .command import Output, load_models, measure_shown
 
     models = load_models(args, main_argv)
     if args.show < 1:
@@ -149,13 +149,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
         check_layer(loaded.model, args.layer, "--layer", loaded.label)
         check_patches(loaded.model, args.patches, "--patches", loaded.label)
     out = Output(args, main_argv, models)
-    results = []
-    for loaded in models:
-        images = Images(args, loaded, title=f"features of {loaded.label}", limit=args.show)
-        out.about(images.note)
-        tensor, pictures = images.load()
-        options: dict[str, Any] = {"patches": args.patches, "layer": args.layer, "captions": images.names()}
-        results.append(measure(loaded.model, tensor, pictures, **options, label=loaded.label))
+    results = measure_shown(measure, args, models, out, "features", patches=args.patches, layer=args.layer)
     _check_grids(results)
     out.json("cosine", {"models": [summarise(result) for result in results]})
     out.npz("cosine", {f"{result.label}/maps": result.maps for result in results})

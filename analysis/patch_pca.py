@@ -239,7 +239,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: Namespace, main_argv: Sequence[str]) -> None:
     """Write pca.json, pca.npz and the figures."""
-    from .command import Images, Output, load_models
+    from .command import Output, load_models, measure_shown
 
     models = load_models(args, main_argv)
     if args.show < 1:
@@ -248,13 +248,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
         for layer in args.layers:
             check_layer(loaded.model, layer, "--layers", loaded.label)
     out = Output(args, main_argv, models)
-    results = []
-    for loaded in models:
-        images = Images(args, loaded, title=f"features of {loaded.label}", limit=args.show)
-        out.about(images.note)
-        tensor, pictures = images.load()
-        options: dict[str, Any] = {"layers": args.layers, "captions": images.names(), "label": loaded.label}
-        results.append(measure(loaded.model, tensor, pictures, **options))
+    results = measure_shown(measure, args, models, out, "features", layers=args.layers)
     found = colours(results)
     out.json("pca", {"models": [summarise(result, of) for result, of in zip(results, found, strict=True)]})
     out.npz("pca", {f"{r.label}/components": of.components for r, of in zip(results, found, strict=True)})

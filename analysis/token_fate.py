@@ -219,7 +219,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: Namespace, main_argv: Sequence[str]) -> None:
     """Write fate.json, fate.npz and the figures."""
-    from .command import Images, Output, load_models
+    from .command import Output, load_models, measure_shown
 
     models = load_models(args, main_argv)
     if args.show < 1:
@@ -232,13 +232,7 @@ def run(args: Namespace, main_argv: Sequence[str]) -> None:
     if len({(len(m.model.blocks), m.model.patch_embed.grid_size) for m in models}) > 1:
         raise UserError("models of different depth or patch grid have no common strip; give them one by one")
     out = Output(args, main_argv, models)
-    results = []
-    for loaded in models:
-        images = Images(args, loaded, title=f"patches of {loaded.label}", limit=args.show)
-        out.about(images.note)
-        tensor, pictures = images.load()
-        options: dict[str, Any] = {"patches": args.patches, "captions": images.names(), "label": loaded.label}
-        results.append(measure(loaded.model, tensor, pictures, **options))
+    results = measure_shown(measure, args, models, out, "patches", patches=args.patches)
     out.json("fate", {"models": [summarise(result) for result in results]})
     out.npz("fate", {f"{result.label}/groups": result.groups for result in results})
     out.figure("fate_strip", draw(results))

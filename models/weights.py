@@ -28,10 +28,12 @@ _RAW_KEYS = ("model", "state_dict")
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.|backbone\.)+")
 _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")  # timm's order in the sequence and in pos_embed
-_HEADS = ("head", "head_dist")
+HEADS = ("head", "head_dist")
 _MAX_NAMED = 8
-# What checkpoints hold besides tensors and plain values: arguments, and under submitit a path, read as a pure one.
-_SAFE_TYPES: list[Any] = [
+# Types besides tensors and plain values that a checkpoint may hold.
+# DeiT and MCTF save their argparse Namespace; under submitit DeiT's output_dir is a path, read here as a pure one,
+# which has no way to the disk. Python 3.13 pickles paths as pathlib._local.
+SAFE_TYPES: list[Any] = [
     argparse.Namespace,
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
     (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
@@ -81,7 +83,7 @@ def read_weights(file: str | pathlib.Path, *, ema: bool = False) -> StateDict:
         if file.suffix == ".safetensors":
             checkpoint: Any = load_file(file)
         else:
-            with torch.serialization.safe_globals(_SAFE_TYPES):
+            with torch.serialization.safe_globals(SAFE_TYPES):
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly any type on foreign bytes, safetensors one of its own
         held = re.search(r"GLOBAL ([\w.]*\w) ", str(error))  # what a pickle would call
@@ -207,7 +209,7 @@ def fit_weights(
     fit.registers()
     fit.distillation()
     fit.heads()
-    untrained = [key for key in fit.fresh if key.split(".")[0] in (*_HEADS, "dist_token")]
+    untrained = [key for key in fit.fresh if key.split(".")[0] in (*HEADS, "dist_token")]
     if untrained and not num_classes_changed_ok:
         because = "; ".join(fit.head_notes)
         raise UserError(f"{source} cannot be evaluated as {name}: {because}; choose the model and data it was made for")
@@ -321,7 +323,7 @@ class _Fit:
 
     def heads(self) -> None:
         """A head with other classes, or without a counterpart, stays as it is."""
-        for head in _HEADS:
+        for head in HEADS:
             keys = [key for key in (f"{head}.weight", f"{head}.bias") if key in self.expected and key not in self.fresh]
             old = self.weights.get(f"{head}.weight")
             if not keys:
