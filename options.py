@@ -45,12 +45,18 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's
 NO_FLAGS = {
     "--world_size": "the launcher sets the number of processes: torchrun --nproc_per_node=N, or srun",
     "--dist_url": "the launcher sets the meeting point: torchrun --rdzv_endpoint, or MASTER_ADDR and MASTER_PORT",
+    "--distributed": "a run with several processes is one that a launcher starts: torchrun --nproc_per_node=N, or srun",
     "--start_epoch": "a resumed run goes on where its checkpoint stands; leave it out, or use --finetune to start anew",
     "--train_mode": "the model trains in training mode; leave it out",
     "--no_train_mode": "the model trains in training mode; for a frozen backbone give --train_only head",
     "--attn_only": "to train a part of the model give --train_only",
     "--inat_category": "iNaturalist's levels are named by the data set; see --dataset in --help",
     "--cosub": "DeiT-III's co-training of submodels is not built; leave it out",
+    "--resplit": "it belongs to timm's AugMix splits, which are not built; leave it out",
+    **{
+        f"--lr_noise{part}": "the rate follows from the update alone, so that a run resumes to the bit; leave it out"
+        for part in ("", "_pct", "_std")
+    },
     "--unscale_min_lr": "min_lr is never scaled; give --min_lr",
     "--no_model_ema_force_cpu": "the average lies on the model's device; leave it out",
     "--model_ema_force_cpu": "the average lies on the model's device; leave it out",
