@@ -106,7 +106,7 @@ class Launch:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that run, in order."""
-        return sorted(pid for pid in _children(self.process.pid) if is_rank(pid))
+        return sorted(pid for pid in children(self.process.pid) if is_rank(pid))
 
     def last_save(self) -> int:
         """When the checkpoint was last written: it changes with every save."""
@@ -129,7 +129,8 @@ def read(path: str) -> bytes:
         return b""
 
 
-def _children(parent: int) -> list[int]:
+def children(parent: int) -> list[int]:
+    """Process ids of a process's children."""
     stats = {int(entry.name): read(f"{entry}/stat") for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     return [pid for pid, stat in stats.items() if stat and int(stat.rpartition(b")")[2].split()[1]) == parent]
 
