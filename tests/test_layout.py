@@ -31,7 +31,17 @@ TOP_LEVEL = (
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}
-INSTRUMENT_LIBRARIES = {"matplotlib", "PIL", "sklearn", "torchvision", "tensorboard", "submitit", "onnx", "onnxruntime"}
+INSTRUMENT_LIBRARIES = {
+    "matplotlib",
+    "PIL",
+    "sklearn",
+    "torchvision",
+    "tensorboard",
+    "submitit",
+    "onnx",
+    "onnxruntime",
+    "peft",
+}
 METHOD_WORDS = {"tome", "mctf", "lgtm", "pitome", "dfe", "register", "registers", "merge_config", "bipartite"}
 IGNORED = {
     ".git",
