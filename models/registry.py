@@ -88,7 +88,9 @@ def create_model(
         register_layer, class_layer: the blocks before which registers and class token enter; None is the first, of a
             saved merging model its own.
         checkpoint_path: a file of weights of any origin that `models.weights` knows.
-        **vit: keywords of timm's VisionTransformer, or of its Eva (drop_path_rate, ...); None means its default.
+        **vit: keywords of timm's VisionTransformer, or of its Eva (drop_path_rate, ...); None means its default. As in
+            timm, features_only=True with out_indices makes a `FeatureGetterNet` instead, which returns a list of maps
+            (B,C,gh,gw) un-merged to the grid of patches, with its `feature_info`: see `feature_extractor`.
 
     Raises:
         UserError: unknown name or keyword (with the nearest ones), unsupported model, no weights, or weights that
@@ -96,6 +98,8 @@ def create_model(
     """
     if pretrained and checkpoint_path is not None:
         raise UserError("give either pretrained=True or checkpoint_path, not both")
+    features = {key: vit.pop(key) for key in FEATURE_KEYWORDS if key in vit}
+    features = {key: value for key, value in features.items() if value not in (None, False)}
     _check_keywords(name, vit)
     options = {"num_classes": num_classes, "img_size": img_size, **vit}
     options = {key: value for key, value in options.items() if value is not None}
@@ -109,7 +113,7 @@ def create_model(
     if weights is not None:
         fresh_head_ok = num_classes is not None  # who names the classes may mean others than the file's
         load_weights(model, weights, num_classes_changed_ok=fresh_head_ok, source=str(checkpoint_path), name=name)
-    return model
+    return feature_extractor(model, **features) if features else model  # type: ignore[return-value]
 
 
 def check_name(name: str) -> None:
@@ -175,12 +179,6 @@ def _check_keywords(model: str, vit: dict[str, Any]) -> None:
     for name in ("reg_tokens", "num_reg_tokens"):
         if vit.get(name) is not None:
             raise UserError(f"{name} would give registers position entries; write num_registers")
-    for name in FEATURE_KEYWORDS:
-        if vit.get(name) not in (None, False):
-            raise UserError(
-                f"{name} makes another kind of model; write timm.create_model({NAMES[0]!r}, features_only=True, "
-                "out_indices=...) with any of our names"
-            )
     own = list(inspect.signature(create_model).parameters)[:-1]
     for name in vit:
         if name in ("method", "r", "activate_layers", *all_knobs()):
@@ -352,7 +350,14 @@ def _load_by_config(model: MergingViT, name: str, config: dict[str, Any], cache_
 def feature_extractor(
     model: MergingViT, features_only: bool = False, out_indices: Any = 3, feature_cls: Any = "getter"
 ) -> nn.Module:
-    """timm's features_only: the model cut off after the last block asked for, which returns a list of maps."""
+    """timm's features_only: the model cut off after the last block asked for, which returns a list of maps.
+
+    Any model with timm's `forward_intermediates`, `prune_intermediate_layers` and `feature_info` becomes one, in place.
+    Maps are those of `forward_intermediates`, without the final norm, on the whole grid of patches whatever merged.
+
+    Args:
+        out_indices: blocks, by the rule of `forward_intermediates`; a number is the last so many.
+    """
     if not features_only:
         raise UserError("out_indices and feature_cls have no effect without features_only=True")
     if feature_cls not in ("getter", FeatureGetterNet):

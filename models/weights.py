@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from .adapters import merge_lora
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -117,11 +118,14 @@ def unwrap_state_dict(checkpoint: Any, *, ema: bool = False, source: str = "the 
     return renamed
 
 
-def extract_state_dict(checkpoint: Any, *, ema: bool = False, source: str = "the checkpoint") -> tuple[StateDict, str]:
+def extract_state_dict(
+    checkpoint: Any, *, ema: bool = False, source: str = "the checkpoint", merge_adapters: bool = True
+) -> tuple[StateDict, str]:
     """The weights of a Vision Transformer in timm's names, and where they come from.
 
     Args:
         checkpoint, ema, source: as for `unwrap_state_dict`.
+        merge_adapters: low-rank adapters become part of the weights that they adapt.
 
     Returns:
         The state dict, and one of "regtome", "mctf", "timm" (also DeiT, whose names are the same), "deit3",
@@ -133,6 +137,8 @@ def extract_state_dict(checkpoint: Any, *, ema: bool = False, source: str = "the
     weights = unwrap_state_dict(checkpoint, ema=ema, source=source)
     origin = _origin(checkpoint, weights)
     weights = _TO_TIMM[origin](weights)
+    if merge_adapters:
+        weights = merge_lora(weights, checkpoint.get("lora"), source)
     if "patch_embed.proj.weight" not in weights:
         raise UserError(
             f"{source} is not a Vision Transformer in DeiT's or timm's names (found {_some(list(weights))})"

@@ -177,7 +177,7 @@ def test_unsupported_families_are_named(name: str) -> None:
         ({"drop_pth_rate": 0.1}, "create_model has no keyword drop_pth_rate; did you mean drop_path_rate"),
         ({"r": 16}, r"write merge=MergeConfig\(r=...\)"),
         ({"num_clases": 3}, "did you mean num_classes or no_embed_class"),
-        ({"features_only": True}, r"timm.create_model\('deit_tiny', features_only=True"),
+        ({"out_indices": (1,)}, "out_indices and feature_cls have no effect without features_only=True"),
         ({"pretrained": True, "checkpoint_path": "w.pth"}, "not both"),
         ({"checkpoint_path": "missing.pth"}, "missing.pth is not a file"),
         ({"checkpoint_path": __file__}, "cannot read .*test_registry.py: it is damaged"),
