@@ -143,7 +143,7 @@ def token_scores(layer: Layer) -> dict[str, Tensor]:
     Where a method merges what leaves the block, its values are those of the tokens there.
     """
     tokens, block = layer.before, layer.block
-    readout = Readout(with_score=True)
+    readout = Readout(with_score=True, queries=layer.rule.score_queries(layer.num_prefix_tokens))
     y = block.attn(block.norm1(tokens.x), attn_mask=layer.bias, readout=readout)
     place = layer.rule.place()
     if place is not ONE_STEP_AHEAD and place is not ATTEND_AGAIN:

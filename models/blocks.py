@@ -45,7 +45,8 @@ class Candidates(NamedTuple):
         tokens: the state at the place of the merge; `tokens.x` (B,N,C) is the residual stream there.
         plan: how many tokens merge, in which block.
         keys: (B,H,N,D) of the block's attention; None at places that have none yet.
-        score: (B,N) attention received, mean over heads and queries; None unless `Method.needs_score`.
+        score: (B,N) attention received, mean over heads and queries (`Method.score_queries`); None unless
+            `Method.needs_score`.
     """
 
     tokens: Tokens
@@ -73,8 +74,9 @@ class BlockCall:
 class Readout:
     """Receives what a call of an attention layer computes beside its output."""
 
-    def __init__(self, with_score: bool) -> None:
+    def __init__(self, with_score: bool, queries: int | None = None) -> None:
         self.with_score = with_score
+        self.queries = queries  # the tokens whose attention is the score, see `Method.score_queries`
         self.keys: Tensor | None = None  # (B,H,N,D)
         self.score: Tensor | None = None  # (B,N) attention received
 
@@ -109,7 +111,7 @@ class MergingAttention(Attention):
             return project_out(self, merged, mixed)
         if readout is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        y, readout.keys, readout.score = attend(self, x, attn_mask, readout.with_score)
+        y, readout.keys, readout.score = attend(self, x, attn_mask, readout.with_score, readout.queries)
         return y
 
 
@@ -196,7 +198,7 @@ class AfterAttention:
 
     def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
         """See `Place.run`."""
-        readout = Readout(rule.needs_score())
+        readout = Readout(rule.needs_score(), rule.score_queries(tokens.num_prefix_tokens))
         y = block.attn(block.norm1(tokens.x), attn_mask=key_bias(tokens, rule), readout=readout)
         tokens = tokens._replace(x=attention_residual(block, tokens.x, y))
         del y  # and the keys below: the MLP is the peak of memory
@@ -264,7 +266,7 @@ class AfterMlp:
     def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
         """See `Place.run`."""
         bias = key_bias(tokens, rule)
-        readout = Readout(rule.needs_score())
+        readout = Readout(rule.needs_score(), rule.score_queries(tokens.num_prefix_tokens))
         y = block.attn(block.norm1(tokens.x), attn_mask=bias, readout=readout if readout.with_score else None)
         tokens = tokens._replace(x=mlp_residual(block, attention_residual(block, tokens.x, y)))
         merged = rule.merge(Candidates(tokens, plan, None, readout.score))
@@ -303,23 +305,33 @@ def log_size(size: Tensor, like: Tensor) -> Tensor:
 
 
 def attend(
-    attn: Attention, x: Tensor, bias: Tensor | None = None, with_score: bool = False
+    attn: Attention, x: Tensor, bias: Tensor | None = None, with_score: bool = False, queries: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """timm's attention with an additive key bias (B,1,1,N), never expanded to N x N.
 
-    Also returns the keys (B,H,N,D) and, if asked for, the attention received (B,N), which needs the map.
+    Also returns the keys (B,H,N,D) and, if asked for, the attention received (B,N): from all tokens, which needs the
+    map, or from the first `queries` alone.
     """
     q, k, v = project_qkv(attn, x)
-    if not with_score:
-        return project_out(attn, x, join_heads(attention_product(attn, q, k, v, bias))), k, None
-    attention = attention_map(attn, q, k, bias)
-    y = project_out(attn, x, join_heads(attn.attn_drop(attention) @ v))
-    return y, k, attention_score(attention)
+    if with_score and queries is None:
+        attention = attention_map(attn, q, k, bias)
+        y = project_out(attn, x, join_heads(attn.attn_drop(attention) @ v))
+        return y, k, attention_score(attention)
+    score = score_from(attn, q, k, bias, queries) if with_score and queries is not None else None
+    return project_out(attn, x, join_heads(attention_product(attn, q, k, v, bias))), k, score
 
 
 def attention_score(attention: Tensor) -> Tensor:
     """Attention received: the mean of a map (B,H,N,N) over heads and queries, in fp32 and without gradient: (B,N)."""
     return attention.detach().flatten(1, 2).mean(dim=1, dtype=torch.float32).clamp(min=_LEAST_SCORE)
+
+
+@torch.no_grad()
+def score_from(attn: Attention, q: Tensor, k: Tensor, bias: Tensor | None, queries: int) -> Tensor:
+    """`attention_score` of the first tokens' rows alone; of no tokens: that of the mean of all queries. (B,N)."""
+    with torch.autocast(q.device.type, enabled=False):
+        first = q[:, :, :queries].float() if queries else q.float().mean(dim=2, keepdim=True)
+        return attention_score(attention_map(attn, first, k.float(), None if bias is None else bias.float()))
 
 
 def mean_over_heads(x: Tensor) -> Tensor:
