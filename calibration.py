@@ -200,7 +200,7 @@ def gmacs_goal(text: str, model: MergingViT) -> Goal:
     dense, least = total(cost, space, (0,) * space.depth), cheapest(cost, space)
     budget = float(text[:-1]) / 100 * dense if text.endswith("%") else float(text)
     if not least <= budget < dense:
-        reach = f"from {least:.3f} ({100 * least / dense:.0f}%) to less than {dense:.3f}, the dense model"
+        reach = f"from {least:.3g} ({100 * least / dense:.0f}%) to less than {dense:.4g}, the dense model"
         raise UserError(f"--gmacs {text} cannot be reached: schedules of {model.merge.method} cost {reach}")
     return Goal(f"--gmacs {text}", cost, budget)
 

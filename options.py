@@ -291,7 +291,7 @@ def _budget_flags(parser: Parser) -> None:
     text = "multiply-adds per image in 1e9, or per cent of the dense model's: 0.70, 55%%"
     group.add_argument("--gmacs", type=gmacs_budget, metavar="G", help=text)
     text = "times faster than timm's dense model at --batch_size on this machine: 1.8"
-    group.add_argument("--speedup", type=Number(float, 1, low_excluded=True), metavar="X", help=text)
+    group.add_argument("--speedup", type=positive_float, metavar="X", help=text)
     text = "folder or tree of images to search on (default: the training split, else the evaluated images)"
     group.add_argument("--calibration_path", type=nonempty, metavar="DIR", help=text)
     group.add_argument("--calibration_images", type=positive_int, metavar="N", help="of them, at random (default: 256)")
@@ -659,6 +659,8 @@ def _check_budget(args: Namespace) -> None:
     """Refuse two ways to say how much to merge, and flags of a search without one."""
     budgets = [flag for flag in ("gmacs", "speedup") if getattr(args, flag) is not None]
     others = [flag for flag in ("r", "r_evals") if getattr(args, flag) is not None]
+    if args.speedup is not None and args.speedup <= 1:
+        raise UserError(f"--speedup {args.speedup:g} is no speed-up; give more than 1, which is timm's dense model")
     if len(budgets) == 2:
         raise UserError("--gmacs and --speedup are two budgets; give one of them")
     if budgets and others:
