@@ -20,6 +20,7 @@ from distributed import Distributed
 from engine import Precision, build_precision
 from losses import check_merging
 from models import MergeConfig, MergingViT, UserError, create_model
+from models.adapters import TARGETS, LoraSettings, add_lora
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
@@ -40,12 +41,14 @@ class Weights:
         data: preprocessing and classes of that run (`data_record`); None: unknown, also in our older checkpoints.
         name: model of the command line, else of the checkpoint, else of the data set's recipe, else deit_small.
         pretrained: whether published weights are taken.
+        goes_on: whether a training goes on from them, with the adapters apart that other uses have in the weights.
     """
 
     def __init__(self, args: Namespace, name: str | None) -> None:
         self.resumed = load_resume(args.resume, args.output_dir)
         if args.resume == "auto" and args.eval and self.resumed is None:
             raise UserError(f"--resume auto finds no checkpoint in {args.output_dir}; name a file")
+        self.goes_on = self.resumed is not None and not args.eval
         self.path = self.resumed[1] if self.resumed else args.finetune
         self.state = self.resumed[0] if self.resumed else (load_checkpoint(args.finetune) if args.finetune else None)
         state = self.state or {}
@@ -98,7 +101,8 @@ class Weights:
         """Return the weights under timm's names; None: published or random ones."""
         if self.state is None:
             return None
-        return extract_state_dict(self.state, ema=self.use_ema, source=str(self.path))[0]
+        source, merge_adapters = str(self.path), not self.goes_on
+        return extract_state_dict(self.state, ema=self.use_ema, source=source, merge_adapters=merge_adapters)[0]
 
     @property
     def source(self) -> str:
@@ -127,12 +131,31 @@ class Weights:
                 f"--num_registers, --input_size and the classes as they were, or start anew with --finetune {self.path}"
             )
 
+    def check_same_adapters(self, settings: LoraSettings | None) -> None:
+        """Refuse to go on with other adapters than the checkpoint's."""
+        stored = (self.state or {}).get("lora")
+        if self.goes_on and stored != (settings and settings.as_dict()):
+            names = ("", "_alpha", "_targets")
+            values = stored and (stored["rank"], f"{stored['alpha']:g}", ",".join(stored["targets"]))
+            flags = " ".join(f"--lora{name} {value}" for name, value in zip(names, values or (), strict=False))
+            raise UserError(
+                f"{self.path} was trained {f'with {flags}' if flags else 'without --lora'}, and goes on in no other "
+                f"way; give it so, or start anew with --finetune {self.path}"
+            )
+
 
 class BuiltModel(NamedTuple):
     """A model, and the names of those of its parameters that no weights were found for."""
 
     model: MergingViT
     fresh: tuple[str, ...]
+
+
+def lora_settings(args: Namespace) -> LoraSettings | None:
+    """Return the adapters that the command line asks for."""
+    if not args.lora:
+        return None
+    return LoraSettings(args.lora, args.lora_alpha or args.lora, args.lora_targets or tuple(TARGETS), args.lora_dropout)
 
 
 def build_model(args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig) -> BuiltModel:
@@ -168,6 +191,10 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
     if args.schedule is not None:
         check_fits(args.schedule, args.schedule["path"], model)
     _check_merges(model, args)
+    adapters = lora_settings(args)
+    weights.check_same_adapters(adapters)
+    if adapters is not None and weights.goes_on:
+        add_lora(model, adapters)
     fresh: tuple[str, ...] = ()
     if tensors is not None:
         strict = args.eval or weights.resumed is not None
@@ -180,6 +207,8 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
     elif weights.pretrained and _published_classes(weights.name) not in (None, model.num_classes) and not args.eval:
         log(f"{weights.name}: published weights; the head is fresh, for {num_classes} classes")
         fresh = tuple(name for name in model.state_dict() if name.split(".")[0] in HEADS)
+    if adapters is not None and not weights.goes_on:
+        add_lora(model, adapters)
     return BuiltModel(model, fresh)
 
 
@@ -364,7 +393,7 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     for note in data.notes:
         log(f"note: {note}")
     model, fresh = build_model(args, weights, data.num_classes, data.config)
-    if weights.resumed and not args.eval:
+    if weights.goes_on:
         weights.check_same_model(model)
     model = model.to(dist.device)
     searched = None
@@ -384,7 +413,7 @@ def _check_weights(args: Namespace, weights: Weights) -> None:
     registers = args.num_registers if args.num_registers is not None else "reg_token" in (tensors or ())
     for flag, given in (
         ("--register_lr_mult", args.register_lr_mult != 1),
-        ("--train_only registers_head", args.train_only == "registers_head"),
+        (f"--train_only {args.train_only}", "train_only" in args.given and "registers" in args.train_only),
     ):
         if given and known and not registers:
             raise UserError(f"{flag} has no effect without registers; give --num_registers 4, for example")

@@ -24,9 +24,10 @@ from budget import is_schedule_file, read_schedule
 from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
+from models.adapters import TARGETS
 from models.methods import METHODS, POOLINGS, all_knobs, methods_with
 from models.methods.mctf import ONE_STEP_AHEAD
-from models.parameters import TRAIN_ONLY
+from models.parameters import PARTS, parse_train_only
 from models.registry import NAMES
 from models.schedule import format_schedule, parse_schedule
 from sources import DATASET_ALIASES, DATASETS, RECIPES
@@ -38,6 +39,7 @@ Finetune and evaluate Vision Transformers with register tokens and token merging
 torchrun --nproc_per_node=8 main.py --model deit_small --r 16 --num_registers 4
 python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
 """
+LORA_TRAINS = "lora,registers,head"  # what --lora trains unless --train_only says more; registers if there are any
 WARMUP_EPOCHS = 5  # DeiT's, for its 300 epochs
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
 
@@ -46,12 +48,18 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's
 NO_FLAGS = {
     "--world_size": "the launcher sets the number of processes: torchrun --nproc_per_node=N, or srun",
     "--dist_url": "the launcher sets the meeting point: torchrun --rdzv_endpoint, or MASTER_ADDR and MASTER_PORT",
+    "--distributed": "a run with several processes is one that a launcher starts: torchrun --nproc_per_node=N, or srun",
     "--start_epoch": "a resumed run goes on where its checkpoint stands; leave it out, or use --finetune to start anew",
     "--train_mode": "the model trains in training mode; leave it out",
     "--no_train_mode": "the model trains in training mode; for a frozen backbone give --train_only head",
-    "--attn_only": "to train a part of the model give --train_only",
+    "--attn_only": "to train a part of the model give --train_only or --lora",
     "--inat_category": "iNaturalist's levels are named by the data set; see --dataset in --help",
     "--cosub": "DeiT-III's co-training of submodels is not built; leave it out",
+    "--resplit": "it belongs to timm's AugMix splits, which are not built; leave it out",
+    **{
+        f"--lr_noise{part}": "the rate follows from the update alone, so that a run resumes to the bit; leave it out"
+        for part in ("", "_pct", "_std")
+    },
     "--unscale_min_lr": "min_lr is never scaled; give --min_lr",
     "--no_model_ema_force_cpu": "the average lies on the model's device; leave it out",
     "--model_ema_force_cpu": "the average lies on the model's device; leave it out",
@@ -195,6 +203,25 @@ def gmacs_budget(text: str) -> str:
     if text.endswith("%") and float(text[:-1]) >= 100:
         raise ArgumentTypeError(f"must be below 100%, the dense model, not {text}")
     return text
+
+
+def trainable_parts(text: str) -> str:
+    """Check the parts of the model that --train_only names."""
+    try:
+        parse_train_only(text)
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return text
+
+
+def adapted_parts(text: str) -> tuple[str, ...]:
+    """Parse parts of a block: qkv,proj."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if unknown := [part for part in parts if part not in TARGETS]:
+        raise ArgumentTypeError(f"must be some of {', '.join(TARGETS)} with commas between them, not {unknown[0]!r}")
+    if len(set(parts)) < len(parts):
+        raise ArgumentTypeError(f"{text} names a part twice; leave one out")
+    return parts
 
 
 def nonempty(text: str) -> str:
@@ -366,7 +393,16 @@ def _optimizer_flags(parser: Parser) -> None:
     group.add_argument("--sam_rho", type=non_negative, default=0.0, help="sharpness-aware minimisation, 0: off")
     add_boolean(group, "sam_adaptive", False, "ASAM")
     group.add_argument("--register_lr_mult", type=positive_float, default=1.0)
-    group.add_argument("--train_only", choices=TRAIN_ONLY, default="all")
+    text = "factor on the rate from a block to the one before it (default: 1, one rate for all; usual: 0.65 to 0.8)"
+    group.add_argument("--layer_decay", type=Number(float, 0, 1, low_excluded=True), default=1.0, help=text)
+    text = f"all, or some of {', '.join(PARTS)} with commas between them (default: all; with --lora all four but norms)"
+    group.add_argument("--train_only", type=trainable_parts, default="all", metavar="PARTS", help=text)
+    text = "train adapters of this rank in place of the blocks' weights (LoRA, arXiv 2106.09685)"
+    group.add_argument("--lora", type=Number(int, 1, 4096), metavar="R", help=text)
+    group.add_argument("--lora_alpha", type=positive_float, help="adapters count alpha / R (default: R)")
+    group.add_argument("--lora_dropout", type=unit_interval_below_one, default=0.0, help="in front of the adapters")
+    text = f"parts of a block that get adapters, some of {','.join(TARGETS)} (default: all of them)"
+    group.add_argument("--lora_targets", type=adapted_parts, metavar="PARTS", help=text)
     add_boolean(group, "model_ema", True, "average the weights; evaluated beside the raw ones")
     group.add_argument("--model_ema_decay", type=unit_interval, default=0.99996)
     add_boolean(group, "model_ema_warmup", True, "begin with a short average: about the last tenth of the run so far")
@@ -470,6 +506,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     read_schedule_flag(args)
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
+    if args.lora and "train_only" not in given:
+        args.train_only = LORA_TRAINS
     check_rules(args)
     return args
 
@@ -653,6 +691,7 @@ def check_rules(args: Namespace) -> None:
         _check_objective(args)
         _check_distillation(args)
         _check_optimizer_names(args)
+        _check_trained_parts(args)
 
 
 def _check_budget(args: Namespace) -> None:
@@ -745,6 +784,23 @@ def _check_optimizer_names(args: Namespace) -> None:
         raise UserError(f"--momentum has no effect on {args.opt}, which has none; leave it out")
     if args.sched not in SCHEDULES:
         raise UserError(nearest(args.sched, SCHEDULES, "--sched"))
+
+
+def _check_trained_parts(args: Namespace) -> None:
+    """Refuse adapters that do not train, and rates of what does not train."""
+    parts = parse_train_only(args.train_only)
+    for flag in ("lora_alpha", "lora_dropout", "lora_targets"):
+        if flag in args.given and not args.lora:
+            raise UserError(f"--{flag} has no effect without --lora; give --lora 8, for example")
+    if args.lora and "lora" not in parts:
+        trains = "the very weights that the adapters spare" if not parts else "no adapters"
+        raise UserError(f"--train_only {args.train_only} trains {trains}; name lora in it, or leave one of both out")
+    if "lora" in parts and not args.lora:
+        raise UserError(f"--train_only {args.train_only} trains adapters; give their rank too: --lora 8, for example")
+    if args.register_lr_mult != 1 and parts and "registers" not in parts:
+        raise UserError(f"--register_lr_mult has no effect with --train_only {args.train_only}; leave one of both out")
+    if args.layer_decay != 1 and parts == ("head",):
+        raise UserError("--layer_decay has no effect on a head alone; leave it or --train_only head out")
 
 
 # MCTF's old flags

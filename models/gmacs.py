@@ -29,6 +29,8 @@ def gmacs(model: MergingViT, r: Any = None, img: int | tuple[int, int] | None = 
     left, blocks = patches, cast(Iterable[MergingBlock], model.blocks)
     for block, prefix, merged in zip(blocks, model.prefixes(), plan.merges, strict=True):
         macs += block_macs(block, left + prefix, left + prefix - merged, model.merge.rule)
+        if model.rope_mixed and left < patches:  # see `MixedPositions.angles`
+            macs += (left + prefix) * patches * block.attn.num_heads * block.attn.head_dim
         left -= merged
     return (macs + _head_macs(model, left + model.num_prefix_tokens)) / 1e9
 
@@ -37,7 +39,12 @@ def block_macs(block: MergingBlock, tokens: int, left: int, rule: Method) -> int
     """Multiply-adds of a block that N tokens enter and M leave, by the place where the method merges."""
     attn, mlp = block.attn, linear_macs(block.mlp)
     out = linear_macs(attn.proj) + (0 if attn.gate is None else linear_macs(attn.gate))
-    costs = Costs(linear_macs(attn.qkv) // 3, out, mlp, attn.attn_dim)
+    if attn.qkv is None:
+        qk, v = linear_macs(attn.q_proj) + linear_macs(attn.k_proj), linear_macs(attn.v_proj)
+    else:
+        v = linear_macs(attn.qkv) // 3
+        qk = 2 * v
+    costs = Costs(qk, v, out, mlp, attn.num_heads * attn.head_dim)
     if tokens == left:
         return costs.attention(tokens) + tokens * mlp
     return rule.place().macs(costs, tokens, left)

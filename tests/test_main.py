@@ -239,8 +239,8 @@ def test_every_flag_has_its_hyphen_spelling() -> None:
     for action in parser._actions:
         for flag in [flag for flag in action.option_strings if flag.startswith("--") and flag != "--help"]:
             is_float = isinstance(action.type, options.Number) and action.type.kind is float
-            number = "0.5" if is_float else "1"
-            value = [] if action.nargs == 0 else [str((action.choices or [number])[0])]
+            word = {"train_only": "head", "lora_targets": "qkv"}.get(action.dest, "0.5" if is_float else "1")
+            value = [] if action.nargs == 0 else [str((action.choices or [word])[0])]
             value *= action.nargs if isinstance(action.nargs, int) and action.nargs else 1
             plain, hyphened = (parser.parse([f, *value]) for f in (flag, flag.replace("_", "-")))
             assert vars(plain) == vars(hyphened), flag
