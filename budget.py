@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from models import MergeConfig, MergingViT, UserError
-from models.gmacs import block_macs, gmacs
+from models.gmacs import block_macs, head_macs, mixed_rope_macs
 from models.methods.base import Method
 from models.schedule import TokenPlan, parse_schedule, token_plan
 
@@ -130,27 +130,26 @@ class Gmacs:
     unit = "GMACs"
 
     def __init__(self, model: MergingViT) -> None:
-        self.model = model
-        self._known: dict[tuple[int, int, int], float] = {}
+        self.model, self.patches = model, model.patch_embed.num_patches
+        self._stem = model.patch_embed.proj.weight.numel() * self.patches
+        self._known: dict[tuple[int, int, int], int] = {}
         shapes = [tuple(tuple(p.shape) for p in block.parameters()) for block in model.blocks]
         self._kinds = [shapes.index(shape) for shape in shapes]  # blocks of the same shapes cost the same
+        self._prefixes = model.prefixes()
 
     def block(self, layer: int, tokens: int, left: int) -> float:
         """See `Cost.block`."""
         key = (self._kinds[layer], tokens, left)
         if key not in self._known:
-            self._known[key] = block_macs(self.model.blocks[key[0]], tokens, left, self.model.merge.rule) / 1e9
-        return self._known[key]
+            self._known[key] = block_macs(self.model.blocks[key[0]], tokens, left, self.model.merge.rule)
+        macs = self._known[key]
+        if self.model.rope_mixed and tokens < self.patches + self._prefixes[layer]:
+            macs += mixed_rope_macs(self.model.blocks[layer], tokens, self.patches)
+        return macs / 1e9
 
     def rest(self, left: int) -> float:
-        """See `Cost.rest`: what a forward that merges all at once in the end costs beyond its blocks."""
-        return self._outside
-
-    @cached_property
-    def _outside(self) -> float:
-        space = Space.of(self.model)
-        tokens = [space.patches + prefix for prefix in space.prefixes]
-        return gmacs(self.model, 0) - sum(self.block(layer, n, n) for layer, n in enumerate(tokens))
+        """See `Cost.rest`."""
+        return (self._stem + head_macs(self.model, left)) / 1e9
 
 
 def total(cost: Cost, space: Space, r: R) -> float:
