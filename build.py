@@ -12,19 +12,21 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from budget import check_fits
+from calibration import Result, apply_budget
 from checkpoint import load_checkpoint, load_resume
 from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, with_own_preprocessing
 from distributed import Distributed
 from engine import Precision, build_precision
 from losses import check_merging
-from models import MergingViT, UserError, create_model
+from models import MergeConfig, MergingViT, UserError, create_model
 from models.adapters import TARGETS, LoraSettings, add_lora
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
 from models.weights import HEADS, extract_state_dict, load_weights, unwrap_state_dict
-from options import merge_config
+from options import has_budget, merge_config
 from sources import differing_classes, readable_names
 from utils import log, seed_all, to_jsonable, without_credentials
 
@@ -69,6 +71,31 @@ class Weights:
     def merge(self) -> dict[str, Any] | None:
         """The merging stored with a checkpoint of ours."""
         return self.state["merge"] if self.stored is not None and self.state is not None else None
+
+    def merging(self, args: Namespace) -> MergeConfig:
+        """Return the merging that the command line asks for, or the checkpoint's where it asks for nothing.
+
+        A schedule that --resume finds searched for the same budget is not searched again.
+
+        Raises:
+            UserError: a training is to go on with another budget than the checkpoint's.
+        """
+        config = merge_config(args, self.merge)
+        if not has_budget(args) or self.resumed is None:
+            return config
+        stored = self.stored or {}
+        same = all(stored.get(flag) == getattr(args, flag) for flag in ("gmacs", "speedup"))
+        found = MergeConfig.from_dict(self.merge) if self.merge else config
+        if same and found.with_r(0) == config:
+            log(f"the schedule is that of {self.path}, which was searched for this budget")
+            return found
+        if not args.eval:
+            flag = "gmacs" if args.gmacs else "speedup"
+            raise UserError(
+                f"{self.path} was not trained with this --{flag} and method; leave --{flag} out to go on as it was, or "
+                f"start anew with --finetune {self.path}"
+            )
+        return config
 
     def tensors(self) -> dict[str, Tensor] | None:
         """Return the weights under timm's names; None: published or random ones."""
@@ -151,7 +178,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         model = create_model(
             weights.name,
             num_registers=registers,
-            merge=merge_config(args, weights.merge),
+            merge=weights.merging(args),
             num_classes=num_classes,
             img_size=config.input_size,
             pretrained=weights.pretrained,
@@ -161,6 +188,8 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         )
     for message in caught:
         log(f"warning: {message.message}")
+    if args.schedule is not None:
+        check_fits(args.schedule, args.schedule["path"], model)
     _check_merges(model, args)
     adapters = lora_settings(args)
     weights.check_same_adapters(adapters)
@@ -338,13 +367,19 @@ def _published_teacher(name: str, num_classes: int) -> nn.Module:
 
 
 class Prepared(NamedTuple):
-    """What training and evaluation share; `fresh` names the parameters that no weights were found for."""
+    """What training and evaluation share.
+
+    Attributes:
+        fresh: the parameters that no weights were found for.
+        searched: what the search of the model's schedule found; None: it was given, or none.
+    """
 
     data: Data
     weights: Weights
     model: MergingViT
     fresh: tuple[str, ...]
     precision: Precision
+    searched: Result | None
 
 
 def prepare(args: Namespace, dist: Distributed) -> Prepared:
@@ -360,13 +395,19 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     model, fresh = build_model(args, weights, data.num_classes, data.config)
     if weights.goes_on:
         weights.check_same_model(model)
+    model = model.to(dist.device)
+    searched = None
+    if has_budget(args) and not any(model.plan().merges):
+        searched = apply_budget(args, dist, data, model, weights.name, fresh, precision)
     describe(model, weights, data)
-    return Prepared(data, weights, model.to(dist.device), fresh, precision)
+    return Prepared(data, weights, model, fresh, precision, searched)
 
 
 def _check_weights(args: Namespace, weights: Weights) -> None:
     """Refuse, before the data set is opened, flags that mean nothing for what the weights and --r make of the model."""
-    check_merging(merge_config(args, weights.merge), bool(args.full_weight), args.r_warmup_epochs)
+    merge = weights.merging(args)
+    if not has_budget(args) or merge.r != 0:  # a schedule that is still to be searched will merge
+        check_merging(merge, bool(args.full_weight), args.r_warmup_epochs)
     tensors = weights.tensors()
     known = tensors is not None or args.num_registers is not None or weights.name in NAMES
     registers = args.num_registers if args.num_registers is not None else "reg_token" in (tensors or ())

@@ -20,6 +20,7 @@ import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
 import interrupts
+from budget import is_schedule_file, read_schedule
 from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
@@ -195,6 +196,15 @@ def block_list(text: str) -> tuple[int, ...]:
     return blocks
 
 
+def gmacs_budget(text: str) -> str:
+    """Check a number of GMACs, 0.70, or per cent of the dense model's, 55%."""
+    text = text.strip()
+    positive_float(text.removesuffix("%"))
+    if text.endswith("%") and float(text[:-1]) >= 100:
+        raise ArgumentTypeError(f"must be below 100%, the dense model, not {text}")
+    return text
+
+
 def trainable_parts(text: str) -> str:
     """Check the parts of the model that --train_only names."""
     try:
@@ -285,7 +295,8 @@ def _merging_flags(parser: Parser) -> None:
     """Add the schedule, and a flag for every setting of every method in `models/methods`."""
     group = parser.add_argument_group("merging (settings default to the method's published values)")
     group.add_argument("--merge", choices=tuple(METHODS), help="default: tome if --r or --r_evals is given")
-    group.add_argument("--r", metavar="R", help="tokens per block: 16, ratio 0.35, list 16,0,8 or '(16,-1)'")
+    text = "tokens per block: 16, ratio 0.35, list 16,0,8, '(16,-1)', or the json file of a searched schedule"
+    group.add_argument("--r", metavar="R", help=text)
     group.add_argument("--activate_layer", type=block_list, metavar="1,2,11", help="blocks that merge")
     for name, knob in all_knobs().items():
         users = methods_with(name)
@@ -300,6 +311,17 @@ def _merging_flags(parser: Parser) -> None:
             low = -math.inf if knob.low is None else knob.low
             high = min(high, 10**9) if knob.kind is int else high
             group.add_argument(f"--{name}", type=Number(knob.kind, low, high), help=text)
+
+
+def _budget_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("a schedule for a budget, searched on unlabelled images (in place of --r)")
+    text = "multiply-adds per image in 1e9, or per cent of the dense model's: 0.70, 55%%"
+    group.add_argument("--gmacs", type=gmacs_budget, metavar="G", help=text)
+    text = "times faster than timm's dense model at --batch_size on this machine: 1.8"
+    group.add_argument("--speedup", type=positive_float, metavar="X", help=text)
+    text = "folder or tree of images to search on (default: the training split, else the evaluated images)"
+    group.add_argument("--calibration_path", type=nonempty, metavar="DIR", help=text)
+    group.add_argument("--calibration_images", type=positive_int, metavar="N", help="of them, at random (default: 256)")
 
 
 def _augmentation_flags(parser: Parser) -> None:
@@ -431,6 +453,7 @@ FLAG_GROUPS: dict[str, Callable[[Parser], None]] = {
     "data": _data_flags,
     "model": _model_flags,
     "merging": _merging_flags,
+    "budget": _budget_flags,
     "augmentation": _augmentation_flags,
     "objective": _objective_flags,
     "optimisation": _optimizer_flags,
@@ -480,6 +503,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     args = Namespace(**(defaults | recipe | given), given=sorted(given))
     if args.eval:
         _check_idle(parser.given(named))
+    read_schedule_flag(args)
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
     if args.lora and "train_only" not in given:
@@ -572,6 +596,35 @@ def _config_tokens(name: str, value: Any, several: bool) -> list[str]:
     return [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
+def read_schedule_flag(args: Namespace) -> None:
+    """Put the schedule of a file that --r names into --r, and its method and settings where no flag says otherwise.
+
+    `args.schedule` keeps what the file says of the model that it was made for; None: --r is no file.
+
+    Raises:
+        UserError: it is no schedule file, or one of another method than --merge.
+    """
+    args.schedule = None
+    if args.r is None or not is_schedule_file(args.r):
+        return
+    path, record = args.r, read_schedule(args.r)
+    merge = record["merge"]
+    if args.merge not in (None, merge["method"]):
+        raise UserError(f"--r {path} was searched for {merge['method']}, not for --merge {args.merge}; leave one out")
+    args.merge, args.r = merge["method"], format_schedule(parse_schedule(record["r"]))
+    if args.activate_layer is None and merge["activate_layers"] is not None:
+        args.activate_layer = tuple(merge["activate_layers"])
+    for name in METHODS[args.merge].knobs():
+        if getattr(args, name) is None:
+            setattr(args, name, merge[name])
+    args.schedule = {"path": path, **{key: record[key] for key in ("depth", "patches", "model")}}
+
+
+def has_budget(args: Namespace) -> bool:
+    """True where a schedule is to be searched."""
+    return args.gmacs is not None or args.speedup is not None
+
+
 def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> MergeConfig:
     """Return the merging that the command line asks for, or a checkpoint's where it asks for nothing.
 
@@ -582,12 +635,12 @@ def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> Merge
     if args.activate_layer is not None:
         settings["activate_layers"] = args.activate_layer
     asks = args.merge is not None or args.r is not None or bool(settings)
-    if stored is not None and not asks and not (stored["method"] == "none" and args.r_evals):
+    if stored is not None and not asks and not has_budget(args) and not (stored["method"] == "none" and args.r_evals):
         return MergeConfig.from_dict(stored)
     evaluated = [r for r in args.r_evals or () if parse_schedule(r) != 0]
-    method = args.merge or ("tome" if args.r is not None or evaluated else "none")
-    if method != "none" and args.r is None and not args.r_evals:
-        raise UserError(f"--merge {method} merges nothing without an amount; give --r, for instance --r 16")
+    method = args.merge or ("tome" if args.r is not None or evaluated or has_budget(args) else "none")
+    if method != "none" and args.r is None and not args.r_evals and not has_budget(args):
+        raise UserError(f"--merge {method} merges nothing without an amount; give --r 16 or --gmacs 60%, for example")
     r = args.r if args.r is not None else evaluated[0] if evaluated and method != "none" else 0
     return MergeConfig(method=method, r=r, **settings)
 
@@ -609,6 +662,7 @@ def check_rules(args: Namespace) -> None:
     if args.val_path and not (args.data_path and DATASETS[args.dataset].lists):
         lists = ", ".join(name for name, info in DATASETS.items() if info.lists)
         raise UserError(f"--val_path goes with --data_path and a data set that reads lists ({lists}); leave it out")
+    _check_budget(args)
     merge_config(args)  # settings that the method does not have, an r in none of its forms, a method without r
     if args.eval_crop_ratio == 0:
         raise UserError(f"--eval_crop_ratio must lie in (0, 1], it is {args.eval_crop_ratio}")
@@ -638,6 +692,23 @@ def check_rules(args: Namespace) -> None:
         _check_distillation(args)
         _check_optimizer_names(args)
         _check_trained_parts(args)
+
+
+def _check_budget(args: Namespace) -> None:
+    """Refuse two ways to say how much to merge, and flags of a search without one."""
+    budgets = [flag for flag in ("gmacs", "speedup") if getattr(args, flag) is not None]
+    others = [flag for flag in ("r", "r_evals") if getattr(args, flag) is not None]
+    if args.speedup is not None and args.speedup <= 1:
+        raise UserError(f"--speedup {args.speedup:g} is no speed-up; give more than 1, which is timm's dense model")
+    if len(budgets) == 2:
+        raise UserError("--gmacs and --speedup are two budgets; give one of them")
+    if budgets and others:
+        raise UserError(f"--{budgets[0]} searches a schedule, which --{others[0]} gives; leave one of them out")
+    if budgets and args.merge == "none":
+        raise UserError(f"--{budgets[0]} needs a method that merges; leave --merge none out")
+    for flag in () if budgets else ("calibration_path", "calibration_images"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is for the search of a schedule; add --gmacs or --speedup, or leave it out")
 
 
 def _check_r_evals(args: Namespace) -> None:

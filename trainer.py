@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from build import build_teacher, data_record, lora_settings, prepare
+from calibration import write_result
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
 from datasets import (
     ORDER,
@@ -80,7 +81,7 @@ class Trainer:
     def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal, place: RunFolder) -> None:
         self.args, self.dist, self.stop, self.place = args, dist, stop, place
         self.folder = place.path
-        self.data, weights, self.module, fresh, precision = prepare(args, dist)
+        self.data, weights, self.module, fresh, precision, self.searched = prepare(args, dist)
         self.name, self.lora = weights.name, lora_settings(args)
         if weights.resumed is None:
             init_head(self.module, fresh, self.data, args, precision, dist)
@@ -222,6 +223,9 @@ class Trainer:
         if self.checkpoint is not None and self.dist.is_main:
             self.place.check(now=True)
             save_checkpoint(self.checkpoint, self.state())
+            if self.searched is not None:
+                write_result(self.searched, self.checkpoint.parent)
+            self.searched = None  # it holds the images
         self.place.saved(self.args, self.first_epoch)
         if self.checkpoint is not None:
             self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"

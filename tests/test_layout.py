@@ -28,6 +28,9 @@ TOP_LEVEL = (
     "downloads",
     "runfolder",
     "resume",
+    "budget",
+    "calibration",
+    "latency",
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}
