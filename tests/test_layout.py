@@ -28,6 +28,7 @@ TOP_LEVEL = (
     "downloads",
     "runfolder",
     "resume",
+    "sharding",
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}
