@@ -2,7 +2,7 @@
 
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from budget import check_fits
 from calibration import Result, apply_budget
 from checkpoint import load_checkpoint, load_resume
 from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, with_own_preprocessing
-from distributed import Distributed
+from distributed import Distributed, broadcast_object
 from engine import Precision, build_precision
 from losses import check_merging
 from models import MergeConfig, MergingViT, UserError, create_model
@@ -45,12 +45,13 @@ class Weights:
     """
 
     def __init__(self, args: Namespace, name: str | None) -> None:
-        self.resumed = load_resume(args.resume, args.output_dir)
+        self.resumed = load_resume(args.resume, args.output_dir, args.fsdp)
         if args.resume == "auto" and args.eval and self.resumed is None:
             raise UserError(f"--resume auto finds no checkpoint in {args.output_dir}; name a file")
         self.goes_on = self.resumed is not None and not args.eval
         self.path = self.resumed[1] if self.resumed else args.finetune
-        self.state = self.resumed[0] if self.resumed else (load_checkpoint(args.finetune) if args.finetune else None)
+        read = self.resumed is None and args.finetune is not None
+        self.state = load_checkpoint(args.finetune, args.fsdp) if read else self.resumed and self.resumed[0]
         state = self.state or {}
         ours = isinstance(state.get("args"), dict) and isinstance(state.get("merge"), dict)
         self.stored: dict[str, Any] | None = state["args"] if ours else None
@@ -168,29 +169,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         num_classes: None is the model's own number.
     """
     tensors = weights.tensors()
-    registers, register_layer = args.num_registers, args.register_layer
-    if tensors is not None and registers is None and "reg_token" in tensors:
-        registers = tensors["reg_token"].shape[1]
-    if weights.stored is not None and register_layer is None and registers:
-        register_layer = weights.stored.get("register_layer")
-    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
-        warnings.simplefilter("always", UserWarning)
-        model = create_model(
-            weights.name,
-            num_registers=registers,
-            merge=weights.merging(args),
-            num_classes=num_classes,
-            img_size=config.input_size,
-            pretrained=weights.pretrained,
-            register_layer=register_layer or 0,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-        )
-    for message in caught:
-        log(f"warning: {message.message}")
-    if args.schedule is not None:
-        check_fits(args.schedule, args.schedule["path"], model)
-    _check_merges(model, args)
+    model = _new_model(args, weights, tensors, num_classes, config, weights.pretrained)
     adapters = lora_settings(args)
     weights.check_same_adapters(adapters)
     if adapters is not None and weights.goes_on:
@@ -210,6 +189,68 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
     if adapters is not None and not weights.goes_on:
         add_lora(model, adapters)
     return BuiltModel(model, fresh)
+
+
+def build_hollow_model(
+    args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig, dist: Distributed
+) -> BuiltModel:
+    """Build the model with its weights on rank 0, and on the others on the meta device, which holds none.
+
+    All ranks must call it; `sharding.shard` gives the others their part of the weights.
+    """
+    built, message = None, None
+    fresh: tuple[str, ...] = ()
+    if dist.is_main:
+        try:
+            built = build_model(args, weights, num_classes, config)
+            fresh = built.fresh
+        except UserError as error:
+            message = str(error)
+    fresh, message = broadcast_object((fresh, message))
+    if message is not None:
+        raise UserError(message)
+    if built is not None:
+        return built
+    with torch.device("meta"):
+        model = _new_model(args, weights, weights.tensors(), num_classes, config, pretrained=False)
+        if adapters := lora_settings(args):
+            add_lora(model, adapters)
+    return BuiltModel(model, fresh)
+
+
+def _new_model(
+    args: Namespace,
+    weights: Weights,
+    tensors: Mapping[str, Tensor] | None,
+    num_classes: int | None,
+    config: DataConfig,
+    pretrained: bool,
+) -> MergingViT:
+    """Build the model with published weights or random ones."""
+    registers, register_layer = args.num_registers, args.register_layer
+    if tensors is not None and registers is None and "reg_token" in tensors:
+        registers = tensors["reg_token"].shape[1]
+    if weights.stored is not None and register_layer is None and registers:
+        register_layer = weights.stored.get("register_layer")
+    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
+        warnings.simplefilter("always", UserWarning)
+        model = create_model(
+            weights.name,
+            num_registers=registers,
+            merge=weights.merging(args),
+            num_classes=num_classes,
+            img_size=config.input_size,
+            pretrained=pretrained,
+            register_layer=register_layer or 0,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+        )
+    for message in caught:
+        log(f"warning: {message.message}")
+    if args.schedule is not None:
+        check_fits(args.schedule, args.schedule["path"], model)
+    _check_merges(model, args)
+    return model
 
 
 @contextmanager
@@ -384,6 +425,11 @@ class Prepared(NamedTuple):
 
 def prepare(args: Namespace, dist: Distributed) -> Prepared:
     """Build everything that training and evaluation share; the cheapest checks come first."""
+    if args.fsdp and not dist.distributed:
+        raise UserError(
+            "--fsdp spreads the weights over several processes, and this is one alone: start it with torchrun "
+            "--nproc_per_node=N, or leave it out; --grad_checkpointing and --lora save memory in one process"
+        )
     seed_all(args.seed)  # the same fresh parameters on all ranks
     precision = build_precision(args, dist.device)
     weights = Weights(args, args.model)
@@ -392,10 +438,13 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     data = _with_stored_classes(build_data(args, build_config(args, weights)), weights, args)
     for note in data.notes:
         log(f"note: {note}")
-    model, fresh = build_model(args, weights, data.num_classes, data.config)
+    if args.fsdp:
+        model, fresh = build_hollow_model(args, weights, data.num_classes, data.config, dist)
+    else:
+        model, fresh = build_model(args, weights, data.num_classes, data.config)
     if weights.goes_on:
         weights.check_same_model(model)
-    model = model.to(dist.device)
+    model = model if args.fsdp else model.to(dist.device)
     searched = None
     if has_budget(args) and not any(model.plan().merges):
         searched = apply_budget(args, dist, data, model, weights.name, fresh, precision)

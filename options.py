@@ -390,6 +390,8 @@ def _optimizer_flags(parser: Parser) -> None:
     group.add_argument("--amp", choices=("bf16", "fp16", "none"), help="default: bf16 on a GPU, none on a CPU")
     add_boolean(group, "compile", False, "torch.compile")
     add_boolean(group, "grad_checkpointing", False, "recompute blocks in the backward")
+    text = "spread weights, gradients and optimizer over the processes, for models too large for one GPU (FSDP2)"
+    add_boolean(group, "fsdp", False, text)
     group.add_argument("--sam_rho", type=non_negative, default=0.0, help="sharpness-aware minimisation, 0: off")
     add_boolean(group, "sam_adaptive", False, "ASAM")
     group.add_argument("--register_lr_mult", type=positive_float, default=1.0)
@@ -692,6 +694,7 @@ def check_rules(args: Namespace) -> None:
         _check_distillation(args)
         _check_optimizer_names(args)
         _check_trained_parts(args)
+        _check_fsdp(args)
 
 
 def _check_budget(args: Namespace) -> None:
@@ -801,6 +804,22 @@ def _check_trained_parts(args: Namespace) -> None:
         raise UserError(f"--register_lr_mult has no effect with --train_only {args.train_only}; leave one of both out")
     if args.layer_decay != 1 and parts == ("head",):
         raise UserError("--layer_decay has no effect on a head alone; leave it or --train_only head out")
+
+
+def _check_fsdp(args: Namespace) -> None:
+    """Refuse what is not built for weights that are spread over the processes."""
+    if not args.fsdp:
+        return
+    for flag, given, instead in (
+        ("sam_rho", args.sam_rho, "leave one of both out"),
+        ("compile", args.compile, "leave one of both out"),
+        ("amp fp16", args.amp == "fp16", "give --amp bf16"),
+        ("gmacs", args.gmacs, "search first, with run/search.py, and give --r FILE"),
+        ("speedup", args.speedup, "search first, with run/search.py, and give --r FILE"),
+        ("log_images", args.log_images, "draw them from a checkpoint with run/visualize.py"),
+    ):
+        if given:
+            raise UserError(f"--{flag} does not go with --fsdp; {instead}")
 
 
 # MCTF's old flags

@@ -31,6 +31,7 @@ from models.adapters import merge_lora
 from models.parameters import freeze, parameter_groups
 from resume import Sampling, continuation
 from runfolder import RunFolder, claimed
+from sharding import shard
 from utils import (
     RunError,
     StopSignal,
@@ -83,9 +84,10 @@ class Trainer:
         self.folder = place.path
         self.data, weights, self.module, fresh, precision, self.searched = prepare(args, dist)
         self.name, self.lora = weights.name, lora_settings(args)
+        self._freeze()
+        averaged = shard(self.module, dist, precision.dtype) if args.fsdp else None
         if weights.resumed is None:
             init_head(self.module, fresh, self.data, args, precision, dist)
-        self._freeze()
         self.val_loader = build_eval_loader(args, self.data.val, dist.rank, dist.world)
         assert self.data.train is not None
         args, smaller_batch = fit_batch(args, len(self.data.train), dist.world)
@@ -98,7 +100,7 @@ class Trainer:
         objective = build_objective(args, teacher, self.module)
         groups = parameter_groups(self.module, args.weight_decay, args.register_lr_mult, args.layer_decay)
         mixup = build_mixup(args, self.data.num_classes)
-        self.learner = build_learner(args, dist, self.module, groups, objective, precision, mixup)
+        self.learner = build_learner(args, dist, self.module, groups, objective, precision, mixup, averaged)
         self.control = RunControl(
             stop, UnreadableImages(bad_image_limit(args, self.data)), args.max_nonfinite, args.log_every
         )
@@ -131,7 +133,7 @@ class Trainer:
         return self.folder / "checkpoint.pth" if self.folder else None
 
     def state(self) -> dict[str, Any]:
-        """Return a checkpoint: tensors and plain values only."""
+        """Return a checkpoint: tensors and plain values only. Its tensors are rank 0's, if the model is spread."""
         return {
             **self.learner.state_dict(),
             "epoch": self.epoch,
@@ -214,17 +216,26 @@ class Trainer:
         if changed:
             log(f"warning: the checkpoint's optimizer and schedule go on, whatever {', '.join(changed)} says now")
 
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this rank is needed for a checkpoint: rank 0 writes it, and all have parts of what is spread."""
+        return self.dist.is_main or self.learner.sharded
+
     def save(self) -> None:
         """Write checkpoint.pth on rank 0; the others wait, so that none runs ahead of what is safe."""
         self._write()
         barrier()
 
     def _write(self) -> None:
-        if self.checkpoint is not None and self.dist.is_main:
-            self.place.check(now=True)
-            save_checkpoint(self.checkpoint, self.state())
-            if self.searched is not None:
-                write_result(self.searched, self.checkpoint.parent)
+        if self.checkpoint is not None:
+            if self.dist.is_main:
+                self.place.check(now=True)
+            state = self.state() if self._takes_part else {}
+            if self.dist.is_main:
+                save_checkpoint(self.checkpoint, state)
+                if self.searched is not None:
+                    write_result(self.searched, self.checkpoint.parent)
+            del state
             self.searched = None  # it holds the images
         self.place.saved(self.args, self.first_epoch)
         if self.checkpoint is not None:
@@ -232,9 +243,11 @@ class Trainer:
 
     def _save_best(self, weights: str) -> None:
         """Write best.pth: the weights that won, raw or average, and what it takes to use them."""
-        if self.folder is None or not self.dist.is_main:
+        if self.folder is None or not self._takes_part:
             return
         state = self.state()
+        if not self.dist.is_main:
+            return
         kept = {name: state[name] for name in ("epoch", "best", "best_loss", "merge", "data", "args")}
         won = merge_lora(state["model_ema"] if weights == "average" else state["model"], state["lora"])
         save_checkpoint(self.folder / "best.pth", {"model": won, "weights": weights, **kept}, keep_previous=False)
@@ -250,7 +263,7 @@ class Trainer:
         try:
             return self._fit()
         except RunError as error:
-            if isinstance(error, LoaderFailure) and self.dist.is_main:
+            if isinstance(error, LoaderFailure) and self.dist.is_main and not self.learner.sharded:
                 self._write()  # all updates are whole; without a barrier, for the other ranks wait for gradients
             saved = self.saved if Path(self.saved.partition(" (epoch ")[0]).is_file() else ""
             go_on = "; go on with the same command and --resume auto" if saved else ""

@@ -28,6 +28,7 @@ TOP_LEVEL = (
     "downloads",
     "runfolder",
     "resume",
+    "sharding",
     "budget",
     "calibration",
     "latency",
