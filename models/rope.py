@@ -147,8 +147,13 @@ def _table(rope: Any, grid: tuple[int, int], fixed: bool) -> Tensor:
 
 def rotate(attn: Any, q: Tensor, k: Tensor, rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Queries and keys (B,H,N,D) rotated by sines and cosines (1 or B, 1 or H, N, 2D), in `dtype`, as timm does."""
-    half = attn.rotate_half
-    return apply_rot_embed_cat(q, rope, half).to(dtype), apply_rot_embed_cat(k, rope, half).to(dtype)
+    return turned(attn, q, rope, dtype), turned(attn, k, rope, dtype)
+
+
+def turned(attn: Any, x: Tensor, rope: Tensor, dtype: torch.dtype) -> Tensor:
+    """One of both."""
+    rotated: Tensor = apply_rot_embed_cat(x, rope, attn.rotate_half)
+    return rotated.to(dtype)
 
 
 def unrotated(table: Tensor, count: int) -> Tensor:
