@@ -12,18 +12,21 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from budget import check_fits
+from calibration import Result, apply_budget
 from checkpoint import load_checkpoint, load_resume
 from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, with_own_preprocessing
 from distributed import Distributed
 from engine import Precision, build_precision
 from losses import check_merging
-from models import MergingViT, UserError, create_model
+from models import MergeConfig, MergingViT, UserError, create_model
+from models.adapters import TARGETS, LoraSettings, add_lora
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
 from models.weights import HEADS, extract_state_dict, load_weights, unwrap_state_dict
-from options import merge_config
+from options import has_budget, merge_config
 from sources import differing_classes, readable_names
 from utils import log, seed_all, to_jsonable, without_credentials
 
@@ -38,12 +41,14 @@ class Weights:
         data: preprocessing and classes of that run (`data_record`); None: unknown, also in our older checkpoints.
         name: model of the command line, else of the checkpoint, else of the data set's recipe, else deit_small.
         pretrained: whether published weights are taken.
+        goes_on: whether a training goes on from them, with the adapters apart that other uses have in the weights.
     """
 
     def __init__(self, args: Namespace, name: str | None) -> None:
         self.resumed = load_resume(args.resume, args.output_dir)
         if args.resume == "auto" and args.eval and self.resumed is None:
             raise UserError(f"--resume auto finds no checkpoint in {args.output_dir}; name a file")
+        self.goes_on = self.resumed is not None and not args.eval
         self.path = self.resumed[1] if self.resumed else args.finetune
         self.state = self.resumed[0] if self.resumed else (load_checkpoint(args.finetune) if args.finetune else None)
         state = self.state or {}
@@ -67,11 +72,37 @@ class Weights:
         """The merging stored with a checkpoint of ours."""
         return self.state["merge"] if self.stored is not None and self.state is not None else None
 
+    def merging(self, args: Namespace) -> MergeConfig:
+        """Return the merging that the command line asks for, or the checkpoint's where it asks for nothing.
+
+        A schedule that --resume finds searched for the same budget is not searched again.
+
+        Raises:
+            UserError: a training is to go on with another budget than the checkpoint's.
+        """
+        config = merge_config(args, self.merge)
+        if not has_budget(args) or self.resumed is None:
+            return config
+        stored = self.stored or {}
+        same = all(stored.get(flag) == getattr(args, flag) for flag in ("gmacs", "speedup"))
+        found = MergeConfig.from_dict(self.merge) if self.merge else config
+        if same and found.with_r(0) == config:
+            log(f"the schedule is that of {self.path}, which was searched for this budget")
+            return found
+        if not args.eval:
+            flag = "gmacs" if args.gmacs else "speedup"
+            raise UserError(
+                f"{self.path} was not trained with this --{flag} and method; leave --{flag} out to go on as it was, or "
+                f"start anew with --finetune {self.path}"
+            )
+        return config
+
     def tensors(self) -> dict[str, Tensor] | None:
         """Return the weights under timm's names; None: published or random ones."""
         if self.state is None:
             return None
-        return extract_state_dict(self.state, ema=self.use_ema, source=str(self.path))[0]
+        source, merge_adapters = str(self.path), not self.goes_on
+        return extract_state_dict(self.state, ema=self.use_ema, source=source, merge_adapters=merge_adapters)[0]
 
     @property
     def source(self) -> str:
@@ -100,12 +131,31 @@ class Weights:
                 f"--num_registers, --input_size and the classes as they were, or start anew with --finetune {self.path}"
             )
 
+    def check_same_adapters(self, settings: LoraSettings | None) -> None:
+        """Refuse to go on with other adapters than the checkpoint's."""
+        stored = (self.state or {}).get("lora")
+        if self.goes_on and stored != (settings and settings.as_dict()):
+            names = ("", "_alpha", "_targets")
+            values = stored and (stored["rank"], f"{stored['alpha']:g}", ",".join(stored["targets"]))
+            flags = " ".join(f"--lora{name} {value}" for name, value in zip(names, values or (), strict=False))
+            raise UserError(
+                f"{self.path} was trained {f'with {flags}' if flags else 'without --lora'}, and goes on in no other "
+                f"way; give it so, or start anew with --finetune {self.path}"
+            )
+
 
 class BuiltModel(NamedTuple):
     """A model, and the names of those of its parameters that no weights were found for."""
 
     model: MergingViT
     fresh: tuple[str, ...]
+
+
+def lora_settings(args: Namespace) -> LoraSettings | None:
+    """Return the adapters that the command line asks for."""
+    if not args.lora:
+        return None
+    return LoraSettings(args.lora, args.lora_alpha or args.lora, args.lora_targets or tuple(TARGETS), args.lora_dropout)
 
 
 def build_model(args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig) -> BuiltModel:
@@ -128,7 +178,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         model = create_model(
             weights.name,
             num_registers=registers,
-            merge=merge_config(args, weights.merge),
+            merge=weights.merging(args),
             num_classes=num_classes,
             img_size=config.input_size,
             pretrained=weights.pretrained,
@@ -138,7 +188,13 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         )
     for message in caught:
         log(f"warning: {message.message}")
+    if args.schedule is not None:
+        check_fits(args.schedule, args.schedule["path"], model)
     _check_merges(model, args)
+    adapters = lora_settings(args)
+    weights.check_same_adapters(adapters)
+    if adapters is not None and weights.goes_on:
+        add_lora(model, adapters)
     fresh: tuple[str, ...] = ()
     if tensors is not None:
         strict = args.eval or weights.resumed is not None
@@ -151,6 +207,8 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
     elif weights.pretrained and _published_classes(weights.name) not in (None, model.num_classes) and not args.eval:
         log(f"{weights.name}: published weights; the head is fresh, for {num_classes} classes")
         fresh = tuple(name for name in model.state_dict() if name.split(".")[0] in HEADS)
+    if adapters is not None and not weights.goes_on:
+        add_lora(model, adapters)
     return BuiltModel(model, fresh)
 
 
@@ -309,13 +367,19 @@ def _published_teacher(name: str, num_classes: int) -> nn.Module:
 
 
 class Prepared(NamedTuple):
-    """What training and evaluation share; `fresh` names the parameters that no weights were found for."""
+    """What training and evaluation share.
+
+    Attributes:
+        fresh: the parameters that no weights were found for.
+        searched: what the search of the model's schedule found; None: it was given, or none.
+    """
 
     data: Data
     weights: Weights
     model: MergingViT
     fresh: tuple[str, ...]
     precision: Precision
+    searched: Result | None
 
 
 def prepare(args: Namespace, dist: Distributed) -> Prepared:
@@ -329,21 +393,27 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     for note in data.notes:
         log(f"note: {note}")
     model, fresh = build_model(args, weights, data.num_classes, data.config)
-    if weights.resumed and not args.eval:
+    if weights.goes_on:
         weights.check_same_model(model)
+    model = model.to(dist.device)
+    searched = None
+    if has_budget(args) and not any(model.plan().merges):
+        searched = apply_budget(args, dist, data, model, weights.name, fresh, precision)
     describe(model, weights, data)
-    return Prepared(data, weights, model.to(dist.device), fresh, precision)
+    return Prepared(data, weights, model, fresh, precision, searched)
 
 
 def _check_weights(args: Namespace, weights: Weights) -> None:
     """Refuse, before the data set is opened, flags that mean nothing for what the weights and --r make of the model."""
-    check_merging(merge_config(args, weights.merge), bool(args.full_weight), args.r_warmup_epochs)
+    merge = weights.merging(args)
+    if not has_budget(args) or merge.r != 0:  # a schedule that is still to be searched will merge
+        check_merging(merge, bool(args.full_weight), args.r_warmup_epochs)
     tensors = weights.tensors()
     known = tensors is not None or args.num_registers is not None or weights.name in NAMES
     registers = args.num_registers if args.num_registers is not None else "reg_token" in (tensors or ())
     for flag, given in (
         ("--register_lr_mult", args.register_lr_mult != 1),
-        ("--train_only registers_head", args.train_only == "registers_head"),
+        (f"--train_only {args.train_only}", "train_only" in args.given and "registers" in args.train_only),
     ):
         if given and known and not registers:
             raise UserError(f"{flag} has no effect without registers; give --num_registers 4, for example")

@@ -647,15 +647,20 @@ def build_average(args: Namespace, module: nn.Module) -> ModelEmaV3:
 
     A constant decay of 0.99996 needs 25,000 updates to forget the initial weights, more than most runs have. With the
     warm-up the average always spans about the last ninth of the updates, be it 100 or 100,000 of them, until the asked
-    decay is reached (0.99996 after 225,000 updates, of the 375,000 of DeiT's run).
+    decay is reached (0.99996 after 225,000 updates, of the 375,000 of DeiT's run). Parameters that do not train are
+    their own average, and are held once.
     """
-    return ModelEmaV3(
+    average = ModelEmaV3(
         module,
         decay=args.model_ema_decay,
         use_warmup=args.model_ema_warmup,
         warmup_gamma=EMA_GAMMA,
         warmup_power=1.0,
     )
+    for averaged, parameter in zip(average.module.parameters(), module.parameters(), strict=True):
+        if not parameter.requires_grad:
+            averaged.data = parameter.data
+    return average
 
 
 def build_optimizer(args: Namespace, groups: list[dict[str, Any]], world: int) -> torch.optim.Optimizer:

@@ -20,12 +20,14 @@ import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
 import interrupts
+from budget import is_schedule_file, read_schedule
 from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
+from models.adapters import TARGETS
 from models.methods import METHODS, POOLINGS, all_knobs, methods_with
 from models.methods.mctf import ONE_STEP_AHEAD
-from models.parameters import TRAIN_ONLY
+from models.parameters import PARTS, parse_train_only
 from models.registry import NAMES
 from models.schedule import format_schedule, parse_schedule
 from sources import DATASET_ALIASES, DATASETS, RECIPES
@@ -37,6 +39,7 @@ Finetune and evaluate Vision Transformers with register tokens and token merging
 torchrun --nproc_per_node=8 main.py --model deit_small --r 16 --num_registers 4
 python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
 """
+LORA_TRAINS = "lora,registers,head"  # what --lora trains unless --train_only says more; registers if there are any
 WARMUP_EPOCHS = 5  # DeiT's, for its 300 epochs
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
 
@@ -45,12 +48,18 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's
 NO_FLAGS = {
     "--world_size": "the launcher sets the number of processes: torchrun --nproc_per_node=N, or srun",
     "--dist_url": "the launcher sets the meeting point: torchrun --rdzv_endpoint, or MASTER_ADDR and MASTER_PORT",
+    "--distributed": "a run with several processes is one that a launcher starts: torchrun --nproc_per_node=N, or srun",
     "--start_epoch": "a resumed run goes on where its checkpoint stands; leave it out, or use --finetune to start anew",
     "--train_mode": "the model trains in training mode; leave it out",
     "--no_train_mode": "the model trains in training mode; for a frozen backbone give --train_only head",
-    "--attn_only": "to train a part of the model give --train_only",
+    "--attn_only": "to train a part of the model give --train_only or --lora",
     "--inat_category": "iNaturalist's levels are named by the data set; see --dataset in --help",
     "--cosub": "DeiT-III's co-training of submodels is not built; leave it out",
+    "--resplit": "it belongs to timm's AugMix splits, which are not built; leave it out",
+    **{
+        f"--lr_noise{part}": "the rate follows from the update alone, so that a run resumes to the bit; leave it out"
+        for part in ("", "_pct", "_std")
+    },
     "--unscale_min_lr": "min_lr is never scaled; give --min_lr",
     "--no_model_ema_force_cpu": "the average lies on the model's device; leave it out",
     "--model_ema_force_cpu": "the average lies on the model's device; leave it out",
@@ -187,6 +196,34 @@ def block_list(text: str) -> tuple[int, ...]:
     return blocks
 
 
+def gmacs_budget(text: str) -> str:
+    """Check a number of GMACs, 0.70, or per cent of the dense model's, 55%."""
+    text = text.strip()
+    positive_float(text.removesuffix("%"))
+    if text.endswith("%") and float(text[:-1]) >= 100:
+        raise ArgumentTypeError(f"must be below 100%, the dense model, not {text}")
+    return text
+
+
+def trainable_parts(text: str) -> str:
+    """Check the parts of the model that --train_only names."""
+    try:
+        parse_train_only(text)
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return text
+
+
+def adapted_parts(text: str) -> tuple[str, ...]:
+    """Parse parts of a block: qkv,proj."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if unknown := [part for part in parts if part not in TARGETS]:
+        raise ArgumentTypeError(f"must be some of {', '.join(TARGETS)} with commas between them, not {unknown[0]!r}")
+    if len(set(parts)) < len(parts):
+        raise ArgumentTypeError(f"{text} names a part twice; leave one out")
+    return parts
+
+
 def nonempty(text: str) -> str:
     """Refuse an empty text, which a script passes when a variable of its own is not set."""
     if not text.strip():
@@ -258,7 +295,8 @@ def _merging_flags(parser: Parser) -> None:
     """Add the schedule, and a flag for every setting of every method in `models/methods`."""
     group = parser.add_argument_group("merging (settings default to the method's published values)")
     group.add_argument("--merge", choices=tuple(METHODS), help="default: tome if --r or --r_evals is given")
-    group.add_argument("--r", metavar="R", help="tokens per block: 16, ratio 0.35, list 16,0,8 or '(16,-1)'")
+    text = "tokens per block: 16, ratio 0.35, list 16,0,8, '(16,-1)', or the json file of a searched schedule"
+    group.add_argument("--r", metavar="R", help=text)
     group.add_argument("--activate_layer", type=block_list, metavar="1,2,11", help="blocks that merge")
     for name, knob in all_knobs().items():
         users = methods_with(name)
@@ -273,6 +311,17 @@ def _merging_flags(parser: Parser) -> None:
             low = -math.inf if knob.low is None else knob.low
             high = min(high, 10**9) if knob.kind is int else high
             group.add_argument(f"--{name}", type=Number(knob.kind, low, high), help=text)
+
+
+def _budget_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("a schedule for a budget, searched on unlabelled images (in place of --r)")
+    text = "multiply-adds per image in 1e9, or per cent of the dense model's: 0.70, 55%%"
+    group.add_argument("--gmacs", type=gmacs_budget, metavar="G", help=text)
+    text = "times faster than timm's dense model at --batch_size on this machine: 1.8"
+    group.add_argument("--speedup", type=positive_float, metavar="X", help=text)
+    text = "folder or tree of images to search on (default: the training split, else the evaluated images)"
+    group.add_argument("--calibration_path", type=nonempty, metavar="DIR", help=text)
+    group.add_argument("--calibration_images", type=positive_int, metavar="N", help="of them, at random (default: 256)")
 
 
 def _augmentation_flags(parser: Parser) -> None:
@@ -344,7 +393,16 @@ def _optimizer_flags(parser: Parser) -> None:
     group.add_argument("--sam_rho", type=non_negative, default=0.0, help="sharpness-aware minimisation, 0: off")
     add_boolean(group, "sam_adaptive", False, "ASAM")
     group.add_argument("--register_lr_mult", type=positive_float, default=1.0)
-    group.add_argument("--train_only", choices=TRAIN_ONLY, default="all")
+    text = "factor on the rate from a block to the one before it (default: 1, one rate for all; usual: 0.65 to 0.8)"
+    group.add_argument("--layer_decay", type=Number(float, 0, 1, low_excluded=True), default=1.0, help=text)
+    text = f"all, or some of {', '.join(PARTS)} with commas between them (default: all; with --lora all four but norms)"
+    group.add_argument("--train_only", type=trainable_parts, default="all", metavar="PARTS", help=text)
+    text = "train adapters of this rank in place of the blocks' weights (LoRA, arXiv 2106.09685)"
+    group.add_argument("--lora", type=Number(int, 1, 4096), metavar="R", help=text)
+    group.add_argument("--lora_alpha", type=positive_float, help="adapters count alpha / R (default: R)")
+    group.add_argument("--lora_dropout", type=unit_interval_below_one, default=0.0, help="in front of the adapters")
+    text = f"parts of a block that get adapters, some of {','.join(TARGETS)} (default: all of them)"
+    group.add_argument("--lora_targets", type=adapted_parts, metavar="PARTS", help=text)
     add_boolean(group, "model_ema", True, "average the weights; evaluated beside the raw ones")
     group.add_argument("--model_ema_decay", type=unit_interval, default=0.99996)
     add_boolean(group, "model_ema_warmup", True, "begin with a short average: about the last tenth of the run so far")
@@ -395,6 +453,7 @@ FLAG_GROUPS: dict[str, Callable[[Parser], None]] = {
     "data": _data_flags,
     "model": _model_flags,
     "merging": _merging_flags,
+    "budget": _budget_flags,
     "augmentation": _augmentation_flags,
     "objective": _objective_flags,
     "optimisation": _optimizer_flags,
@@ -444,8 +503,11 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     args = Namespace(**(defaults | recipe | given), given=sorted(given))
     if args.eval:
         _check_idle(parser.given(named))
+    read_schedule_flag(args)
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
+    if args.lora and "train_only" not in given:
+        args.train_only = LORA_TRAINS
     check_rules(args)
     return args
 
@@ -534,6 +596,35 @@ def _config_tokens(name: str, value: Any, several: bool) -> list[str]:
     return [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
+def read_schedule_flag(args: Namespace) -> None:
+    """Put the schedule of a file that --r names into --r, and its method and settings where no flag says otherwise.
+
+    `args.schedule` keeps what the file says of the model that it was made for; None: --r is no file.
+
+    Raises:
+        UserError: it is no schedule file, or one of another method than --merge.
+    """
+    args.schedule = None
+    if args.r is None or not is_schedule_file(args.r):
+        return
+    path, record = args.r, read_schedule(args.r)
+    merge = record["merge"]
+    if args.merge not in (None, merge["method"]):
+        raise UserError(f"--r {path} was searched for {merge['method']}, not for --merge {args.merge}; leave one out")
+    args.merge, args.r = merge["method"], format_schedule(parse_schedule(record["r"]))
+    if args.activate_layer is None and merge["activate_layers"] is not None:
+        args.activate_layer = tuple(merge["activate_layers"])
+    for name in METHODS[args.merge].knobs():
+        if getattr(args, name) is None:
+            setattr(args, name, merge[name])
+    args.schedule = {"path": path, **{key: record[key] for key in ("depth", "patches", "model")}}
+
+
+def has_budget(args: Namespace) -> bool:
+    """True where a schedule is to be searched."""
+    return args.gmacs is not None or args.speedup is not None
+
+
 def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> MergeConfig:
     """Return the merging that the command line asks for, or a checkpoint's where it asks for nothing.
 
@@ -544,12 +635,12 @@ def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> Merge
     if args.activate_layer is not None:
         settings["activate_layers"] = args.activate_layer
     asks = args.merge is not None or args.r is not None or bool(settings)
-    if stored is not None and not asks and not (stored["method"] == "none" and args.r_evals):
+    if stored is not None and not asks and not has_budget(args) and not (stored["method"] == "none" and args.r_evals):
         return MergeConfig.from_dict(stored)
     evaluated = [r for r in args.r_evals or () if parse_schedule(r) != 0]
-    method = args.merge or ("tome" if args.r is not None or evaluated else "none")
-    if method != "none" and args.r is None and not args.r_evals:
-        raise UserError(f"--merge {method} merges nothing without an amount; give --r, for instance --r 16")
+    method = args.merge or ("tome" if args.r is not None or evaluated or has_budget(args) else "none")
+    if method != "none" and args.r is None and not args.r_evals and not has_budget(args):
+        raise UserError(f"--merge {method} merges nothing without an amount; give --r 16 or --gmacs 60%, for example")
     r = args.r if args.r is not None else evaluated[0] if evaluated and method != "none" else 0
     return MergeConfig(method=method, r=r, **settings)
 
@@ -571,6 +662,7 @@ def check_rules(args: Namespace) -> None:
     if args.val_path and not (args.data_path and DATASETS[args.dataset].lists):
         lists = ", ".join(name for name, info in DATASETS.items() if info.lists)
         raise UserError(f"--val_path goes with --data_path and a data set that reads lists ({lists}); leave it out")
+    _check_budget(args)
     merge_config(args)  # settings that the method does not have, an r in none of its forms, a method without r
     if args.eval_crop_ratio == 0:
         raise UserError(f"--eval_crop_ratio must lie in (0, 1], it is {args.eval_crop_ratio}")
@@ -599,6 +691,24 @@ def check_rules(args: Namespace) -> None:
         _check_objective(args)
         _check_distillation(args)
         _check_optimizer_names(args)
+        _check_trained_parts(args)
+
+
+def _check_budget(args: Namespace) -> None:
+    """Refuse two ways to say how much to merge, and flags of a search without one."""
+    budgets = [flag for flag in ("gmacs", "speedup") if getattr(args, flag) is not None]
+    others = [flag for flag in ("r", "r_evals") if getattr(args, flag) is not None]
+    if args.speedup is not None and args.speedup <= 1:
+        raise UserError(f"--speedup {args.speedup:g} is no speed-up; give more than 1, which is timm's dense model")
+    if len(budgets) == 2:
+        raise UserError("--gmacs and --speedup are two budgets; give one of them")
+    if budgets and others:
+        raise UserError(f"--{budgets[0]} searches a schedule, which --{others[0]} gives; leave one of them out")
+    if budgets and args.merge == "none":
+        raise UserError(f"--{budgets[0]} needs a method that merges; leave --merge none out")
+    for flag in () if budgets else ("calibration_path", "calibration_images"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is for the search of a schedule; add --gmacs or --speedup, or leave it out")
 
 
 def _check_r_evals(args: Namespace) -> None:
@@ -674,6 +784,23 @@ def _check_optimizer_names(args: Namespace) -> None:
         raise UserError(f"--momentum has no effect on {args.opt}, which has none; leave it out")
     if args.sched not in SCHEDULES:
         raise UserError(nearest(args.sched, SCHEDULES, "--sched"))
+
+
+def _check_trained_parts(args: Namespace) -> None:
+    """Refuse adapters that do not train, and rates of what does not train."""
+    parts = parse_train_only(args.train_only)
+    for flag in ("lora_alpha", "lora_dropout", "lora_targets"):
+        if flag in args.given and not args.lora:
+            raise UserError(f"--{flag} has no effect without --lora; give --lora 8, for example")
+    if args.lora and "lora" not in parts:
+        trains = "the very weights that the adapters spare" if not parts else "no adapters"
+        raise UserError(f"--train_only {args.train_only} trains {trains}; name lora in it, or leave one of both out")
+    if "lora" in parts and not args.lora:
+        raise UserError(f"--train_only {args.train_only} trains adapters; give their rank too: --lora 8, for example")
+    if args.register_lr_mult != 1 and parts and "registers" not in parts:
+        raise UserError(f"--register_lr_mult has no effect with --train_only {args.train_only}; leave one of both out")
+    if args.layer_decay != 1 and parts == ("head",):
+        raise UserError("--layer_decay has no effect on a head alone; leave it or --train_only head out")
 
 
 # MCTF's old flags

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from build import build_teacher, data_record, prepare
+from build import build_teacher, data_record, lora_settings, prepare
+from calibration import write_result
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
 from datasets import (
     ORDER,
@@ -26,6 +27,7 @@ from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner
 from linear_probe import init_head
 from losses import build_mixup, build_objective
 from models import UserError
+from models.adapters import merge_lora
 from models.parameters import freeze, parameter_groups
 from resume import Sampling, continuation
 from runfolder import RunFolder, claimed
@@ -52,6 +54,7 @@ IGNORED_ON_RESUME = (
     "decay_rate",
     "patience_epochs",
     "weight_decay",
+    "layer_decay",
 )
 
 
@@ -78,11 +81,11 @@ class Trainer:
     def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal, place: RunFolder) -> None:
         self.args, self.dist, self.stop, self.place = args, dist, stop, place
         self.folder = place.path
-        self.data, weights, self.module, fresh, precision = prepare(args, dist)
-        self.name = weights.name
+        self.data, weights, self.module, fresh, precision, self.searched = prepare(args, dist)
+        self.name, self.lora = weights.name, lora_settings(args)
         if weights.resumed is None:
             init_head(self.module, fresh, self.data, args, precision, dist)
-        freeze(self.module, args.train_only)
+        self._freeze()
         self.val_loader = build_eval_loader(args, self.data.val, dist.rank, dist.world)
         assert self.data.train is not None
         args, smaller_batch = fit_batch(args, len(self.data.train), dist.world)
@@ -93,7 +96,7 @@ class Trainer:
                 log(line)
         teacher = build_teacher(args, self.data.num_classes, dist.device)
         objective = build_objective(args, teacher, self.module)
-        groups = parameter_groups(self.module, args.weight_decay, args.register_lr_mult)
+        groups = parameter_groups(self.module, args.weight_decay, args.register_lr_mult, args.layer_decay)
         mixup = build_mixup(args, self.data.num_classes)
         self.learner = build_learner(args, dist, self.module, groups, objective, precision, mixup)
         self.control = RunControl(
@@ -108,6 +111,17 @@ class Trainer:
             self._resume(*weights.resumed)
         self.first_epoch = self.epoch
         self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch if self.epoch or place.pending else None)
+
+    def _freeze(self) -> None:
+        """Leave only trainable what --train_only names, and say how much that is."""
+        named = self.args.train_only
+        if self.module.reg_token is None and "train_only" not in self.args.given:
+            named = named.replace("registers,", "")
+        trainable = freeze(self.module, named)
+        if named != "all":
+            parts = ", ".join(f"{part} {count:,}" for part, count in trainable.items())
+            share = sum(trainable.values()) / sum(p.numel() for p in self.module.parameters())
+            log(f"trainable parameters: {parts} ({100 * share:.2g} % of all)")
 
     # What is saved, and resumed
 
@@ -126,6 +140,7 @@ class Trainer:
             "sampler": asdict(self.sampling()),
             "epoch_log": asdict(self.epoch_log),
             "merge": self.module.merge.as_dict(),
+            "lora": self.lora and self.lora.as_dict(),
             "data": data_record(self.data),
             "args": to_jsonable(self.args) | {"model": self.name},
             "best": self.best.accuracy,
@@ -208,6 +223,9 @@ class Trainer:
         if self.checkpoint is not None and self.dist.is_main:
             self.place.check(now=True)
             save_checkpoint(self.checkpoint, self.state())
+            if self.searched is not None:
+                write_result(self.searched, self.checkpoint.parent)
+            self.searched = None  # it holds the images
         self.place.saved(self.args, self.first_epoch)
         if self.checkpoint is not None:
             self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
@@ -218,7 +236,7 @@ class Trainer:
             return
         state = self.state()
         kept = {name: state[name] for name in ("epoch", "best", "best_loss", "merge", "data", "args")}
-        won = state["model_ema"] if weights == "average" else state["model"]
+        won = merge_lora(state["model_ema"] if weights == "average" else state["model"], state["lora"])
         save_checkpoint(self.folder / "best.pth", {"model": won, "weights": weights, **kept}, keep_previous=False)
 
     # The run

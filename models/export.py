@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from .config import MergeConfig
-from .errors import UserError
+from .errors import UserError, require
 from .onnx_graph import simplify
 from .registry import FEATURE_KEYWORDS, create_model, feature_extractor
 from .scatter_free import scatter_free
@@ -308,12 +308,3 @@ def _read_weights(place: Path) -> dict[str, Tensor]:
         return load_file(file)
     except Exception as error:  # safetensors has one error class of its own, which it does not document
         raise UserError(f"cannot read {file}: {error}") from error
-
-
-def require(*names: str) -> None:
-    """Raise a UserError that names what is not installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} not installed; pip install -r requirements.txt")

@@ -29,18 +29,30 @@ def gmacs(model: MergingViT, r: Any = None, img: int | tuple[int, int] | None = 
     left, blocks = patches, cast(Iterable[MergingBlock], model.blocks)
     for block, prefix, merged in zip(blocks, model.prefixes(), plan.merges, strict=True):
         macs += block_macs(block, left + prefix, left + prefix - merged, model.merge.rule)
+        if model.rope_mixed and left < patches:
+            macs += mixed_rope_macs(block, left + prefix, patches)
         left -= merged
-    return (macs + _head_macs(model, left + model.num_prefix_tokens)) / 1e9
+    return (macs + head_macs(model, left + model.num_prefix_tokens)) / 1e9
 
 
 def block_macs(block: MergingBlock, tokens: int, left: int, rule: Method) -> int:
     """Multiply-adds of a block that N tokens enter and M leave, by the place where the method merges."""
     attn, mlp = block.attn, linear_macs(block.mlp)
     out = linear_macs(attn.proj) + (0 if attn.gate is None else linear_macs(attn.gate))
-    costs = Costs(linear_macs(attn.qkv) // 3, out, mlp, attn.attn_dim)
+    if attn.qkv is None:
+        qk, v = linear_macs(attn.q_proj) + linear_macs(attn.k_proj), linear_macs(attn.v_proj)
+    else:
+        v = linear_macs(attn.qkv) // 3
+        qk = 2 * v
+    costs = Costs(qk, v, out, mlp, attn.num_heads * attn.head_dim)
     if tokens == left:
         return costs.attention(tokens) + tokens * mlp
     return rule.place().macs(costs, tokens, left)
+
+
+def mixed_rope_macs(block: MergingBlock, tokens: int, patches: int) -> int:
+    """Multiply-adds of the angles of N tokens of which some are merged, see `MixedPositions.angles`."""
+    return tokens * patches * block.attn.num_heads * block.attn.head_dim
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -51,7 +63,8 @@ def linear_macs(module: nn.Module) -> int:
     return sum(part.in_features * part.out_features for part in innermost)
 
 
-def _head_macs(model: MergingViT, tokens: int) -> int:
+def head_macs(model: MergingViT, tokens: int) -> int:
+    """Multiply-adds of the pooling and the heads, of `tokens` that the last block leaves, prefix included."""
     macs = linear_macs(model.head) + (linear_macs(model.head_dist) if model.head_dist is not None else 0)
     if model.attn_pool is None:
         return macs

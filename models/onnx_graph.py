@@ -1,9 +1,9 @@
 """An exported ONNX graph as other tools want it: weights as weights, shapes that are known as numbers, nothing stale.
 
-torch's exporter leaves three things behind. Slices of a weight stay in the graph (MCTF computes q and k of all tokens, v of
-those that are left), so that quantisers take the product for one of two activations and leave it alone. Lengths that do not
-depend on the batch are computed from shapes. And types are stored twice for weights, so that a tool that transposes a
-weight leaves a wrong one behind, at which onnxruntime's quantiser stops.
+torch's exporter leaves three things behind. Slices of a weight stay in the graph (MCTF computes q and k of all tokens,
+v of those that are left), so that quantisers take the product for one of two activations and leave it alone. Lengths
+that do not depend on the batch are computed from shapes. And types are stored twice for weights, so that a tool that
+transposes a weight leaves a wrong one behind, at which onnxruntime's quantiser stops.
 """
 
 from typing import Any

@@ -111,7 +111,8 @@ def token_plan(config: MergeConfig, patches: int, prefixes: tuple[int, ...], r: 
     for layer, prefix in enumerate(prefixes):
         count = counts_asked[layer] if layer in active else 0
         asked, inside = config.rule.amounts(int(patches * count) if 0 < count < 1 else int(count), layer)
-        merged = static_int(min(asked, max(0, patches + prefix - config.rule.min_tokens), patches // 2))
+        spare = max(0, patches + prefix - config.rule.min_tokens)
+        merged = static_int(min(asked, spare, config.rule.most(patches)))
         patches -= merged
         merges.append(merged)
         counts.append(patches + prefix)

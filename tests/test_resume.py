@@ -175,6 +175,7 @@ def test_killed_and_resumed(
         ["--amp", "fp16"],
         ["--r", "4", "--r_warmup_epochs", "3"],
         ["--train_only", "head", "--save_every", "2"],
+        ["--train_only", "registers,norms,head", "--num_registers", "1", "--layer_decay", "0.7"],
     ],
     ids=" ".join,
 )

@@ -308,10 +308,10 @@ def test_one_list_of_requirements() -> None:
 def test_extras() -> None:
     extras = ranges()
     assert extras[""].keys() == {"torch", "timm", "numpy", "safetensors"}
-    assert extras.keys() == {"", "analysis", "export", "train", "dev"}
+    assert extras.keys() == {"", "adapters", "analysis", "export", "train", "dev"}
     assert {"matplotlib", "scikit-learn"} <= extras["analysis"].keys()
     assert extras["train"]["regtome"].extras == {"analysis"}
-    assert extras["dev"]["regtome"].extras == {"export", "train"}
+    assert extras["dev"]["regtome"].extras == {"adapters", "export", "train"}
 
 
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
@@ -334,7 +334,7 @@ def test_requirements_are_what_is_imported() -> None:
 
 def test_ranges_are_what_is_imported() -> None:
     extras = {extra: set(group) for extra, group in ranges().items()}
-    assert imported("models") <= extras[""] | extras["export"] | {"huggingface_hub"}
+    assert imported("models") <= extras[""] | extras["adapters"] | extras["export"] | {"huggingface_hub"}
     train = extras["train"] | extras["analysis"]
     assert imported("", "analysis", "run") <= extras[""] | train | extras["dev"]
 

@@ -132,8 +132,16 @@ class Method:
         return 0
 
     def needs_score(self) -> bool:
-        """True if the attention received is needed, which costs the fused attention kernel."""
+        """True if the attention received is needed, which from all tokens costs the fused attention kernel."""
         return self.pooling == "attention"
+
+    def score_queries(self, num_prefix_tokens: int) -> int | None:
+        """Whose attention the score is, where it is needed: that of the first so many tokens, or of all (None)."""
+        return None
+
+    def most(self, patches: int) -> int:
+        """The most tokens that may merge in a block that `patches` patch tokens enter."""
+        return patches // 2
 
     def amounts(self, count: int, layer: int) -> tuple[int, int]:
         """The tokens that block `layer` merges where the schedule says `count`, and those of them merged in windows."""
