@@ -23,6 +23,7 @@ from models import MergeConfig, MergingViT, UserError, create_model
 from models.adapters import TARGETS, LoraSettings, add_lora
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
+from models.methods import all_knobs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
 from models.weights import HEADS, extract_state_dict, load_weights, unwrap_state_dict
@@ -362,6 +363,19 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device | str)
     return teacher.to(device).eval().requires_grad_(False)
 
 
+def build_own_teacher(args: Namespace, data: Data, device: torch.device | str) -> nn.Module:
+    """Build the unmerged model of --recover, frozen: the weights that a run starts from, without what it adds.
+
+    A resumed run loads them anew from where the run began.
+    """
+    plain = {**vars(args), "resume": None, "num_registers": None, "r": None, "merge": "none", "schedule": None}
+    plain |= {"gmacs": None, "speedup": None, "activate_layer": None, "eval": True, "lora": None, "drop": 0.0}
+    plain |= dict.fromkeys(all_knobs())
+    dense = Namespace(**plain)
+    teacher = build_model(dense, Weights(dense, args.model), data.num_classes, data.config).model
+    return teacher.to(device).eval().requires_grad_(False)
+
+
 def _teacher_from_file(name: str, path: str, num_classes: int, img_size: int | None) -> nn.Module:
     """Load a model of ours by our loading, any other by timm's, which knows the older names of each family."""
     weights = unwrap_state_dict(load_checkpoint(path), ema=True, source=path)
@@ -441,7 +455,11 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     if args.fsdp:
         model, fresh = build_hollow_model(args, weights, data.num_classes, data.config, dist)
     else:
-        model, fresh = build_model(args, weights, data.num_classes, data.config)
+        model, fresh = build_model(args, weights, data.num_classes or None, data.config)
+    if not data.num_classes:  # unlabelled images
+        data = _with_classes_of(model, data, weights)
+    if args.recover:
+        _check_recoverable(model, fresh)
     if weights.goes_on:
         weights.check_same_model(model)
     model = model if args.fsdp else model.to(dist.device)
@@ -478,7 +496,7 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
         UserError: the data has classes that the checkpoint does not know, or a resumed training has other ones.
     """
     stored = tuple((weights.data or {}).get("class_names") or ())
-    if not stored or stored == data.class_names or not (args.eval or weights.resumed):
+    if not data.class_names or not stored or stored == data.class_names or not (args.eval or weights.resumed):
         return data
     if args.eval and set(data.class_names) <= set(stored):
         return with_classes(data, stored)
@@ -486,6 +504,21 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
         f"the classes of {weights.path} are not those of the data: {differing_classes(stored, data.class_names)}; "
         "give the data that it was trained on, or finetune it for these classes with --finetune"
     )
+
+
+def _with_classes_of(model: MergingViT, data: Data, weights: Weights) -> Data:
+    """Give unlabelled images the classes of the weights."""
+    names = tuple((weights.data or {}).get("class_names") or ()) or assumed_classes(model.num_classes) or ()
+    labels = readable_names(names)
+    return replace(data, num_classes=model.num_classes, class_names=names, class_labels=labels)
+
+
+def _check_recoverable(model: MergingViT, fresh: tuple[str, ...]) -> None:
+    """Refuse a recovery of a model that has nothing to recover, or nothing to recover to."""
+    if any(parameter.split(".")[0] in HEADS for parameter in fresh):
+        raise UserError("--recover keeps the classes of the weights, and these have a fresh head; finetune it first")
+    if model.merge.method == "none":
+        raise UserError("--recover has no effect without merging; give --r or --gmacs")
 
 
 def describe(model: MergingViT, weights: Weights, data: Data) -> None:

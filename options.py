@@ -30,7 +30,7 @@ from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import PARTS, parse_train_only
 from models.registry import NAMES
 from models.schedule import format_schedule, parse_schedule
-from sources import DATASET_ALIASES, DATASETS, RECIPES
+from sources import DATASET_ALIASES, DATASETS, RECIPES, RECOVERY
 from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest, without_credentials
 
 DESCRIPTION = """\
@@ -350,6 +350,8 @@ def _augmentation_flags(parser: Parser) -> None:
 
 def _objective_flags(parser: Parser) -> None:
     group = parser.add_argument_group("objective")
+    text = "bring the merged model back to its own unmerged weights, as the teacher: no labels, few updates"
+    add_boolean(group, "recover", False, text)
     group.add_argument("--distillation_type", default="none", choices=("none", "soft", "hard"))
     group.add_argument("--teacher_model", default="regnety_160.deit_in1k", metavar="NAME", help="any timm model")
     group.add_argument("--teacher_path", type=nonempty, metavar="FILE|URL")
@@ -501,7 +503,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         log("as named flags: main.py " + " ".join(named))
     parser = build_parser()
     defaults, given = parser.defaults(), _given(parser, named)
-    recipe = RECIPES.get(given.get("dataset", defaults["dataset"]), {})
+    recipe = RECIPES.get(given.get("dataset", defaults["dataset"]), {}) | (RECOVERY if given.get("recover") else {})
     args = Namespace(**(defaults | recipe | given), given=sorted(given))
     if args.eval:
         _check_idle(parser.given(named))
@@ -687,10 +689,13 @@ def check_rules(args: Namespace) -> None:
         raise UserError("--resume auto looks into --output_dir, which is not given; add it")
     if args.opt_betas and args.opt.startswith(("adam", "lamb", "nadam", "radam")) and len(args.opt_betas) != 2:
         raise UserError(f"--opt_betas needs two numbers for {args.opt}, not {len(args.opt_betas)}")
+    if args.eval and args.dataset == "IMAGES":
+        raise UserError("--dataset IMAGES has no labels to score; evaluate on a data set with classes")
     if not args.eval:
         _check_evaluation_flags(args)
         _check_augmentation(args)
         _check_objective(args)
+        _check_recovery(args)
         _check_distillation(args)
         _check_optimizer_names(args)
         _check_trained_parts(args)
@@ -758,6 +763,17 @@ def _check_objective(args: Namespace) -> None:
         )
     if not args.full_r_max > 0 or (args.full_r_max >= 1 and args.full_r_max != int(args.full_r_max)):
         raise UserError(f"--full_r_max must be an integer >= 1 or a ratio between 0 and 1, not {args.full_r_max}")
+
+
+def _check_recovery(args: Namespace) -> None:
+    """Refuse what does not go with a teacher that is the unmerged model itself, and unlabelled images without it."""
+    if not args.recover:
+        if args.dataset == "IMAGES":
+            raise UserError("--dataset IMAGES has no labels to learn from or to score; it goes with --recover")
+        return
+    for flag in ("distillation_type", "distillation_alpha", "teacher_model", "teacher_path"):
+        if flag in args.given:
+            raise UserError(f"--recover distils softly from the model's own unmerged weights; leave --{flag} out")
 
 
 def _check_distillation(args: Namespace) -> None:
