@@ -2,7 +2,7 @@
 
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -12,19 +12,22 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from budget import check_fits
+from calibration import Result, apply_budget
 from checkpoint import load_checkpoint, load_resume
 from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, with_own_preprocessing
-from distributed import Distributed
+from distributed import Distributed, broadcast_object
 from engine import Precision, build_precision
 from losses import check_merging
-from models import MergingViT, UserError, create_model
+from models import MergeConfig, MergingViT, UserError, create_model
 from models.adapters import TARGETS, LoraSettings, add_lora
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
+from models.methods import all_knobs
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
 from models.weights import HEADS, extract_state_dict, load_weights, unwrap_state_dict
-from options import merge_config
+from options import has_budget, merge_config
 from sources import differing_classes, readable_names
 from utils import log, seed_all, to_jsonable, without_credentials
 
@@ -43,12 +46,13 @@ class Weights:
     """
 
     def __init__(self, args: Namespace, name: str | None) -> None:
-        self.resumed = load_resume(args.resume, args.output_dir)
+        self.resumed = load_resume(args.resume, args.output_dir, args.fsdp)
         if args.resume == "auto" and args.eval and self.resumed is None:
             raise UserError(f"--resume auto finds no checkpoint in {args.output_dir}; name a file")
         self.goes_on = self.resumed is not None and not args.eval
         self.path = self.resumed[1] if self.resumed else args.finetune
-        self.state = self.resumed[0] if self.resumed else (load_checkpoint(args.finetune) if args.finetune else None)
+        read = self.resumed is None and args.finetune is not None
+        self.state = load_checkpoint(args.finetune, args.fsdp) if read else self.resumed and self.resumed[0]
         state = self.state or {}
         ours = isinstance(state.get("args"), dict) and isinstance(state.get("merge"), dict)
         self.stored: dict[str, Any] | None = state["args"] if ours else None
@@ -69,6 +73,31 @@ class Weights:
     def merge(self) -> dict[str, Any] | None:
         """The merging stored with a checkpoint of ours."""
         return self.state["merge"] if self.stored is not None and self.state is not None else None
+
+    def merging(self, args: Namespace) -> MergeConfig:
+        """Return the merging that the command line asks for, or the checkpoint's where it asks for nothing.
+
+        A schedule that --resume finds searched for the same budget is not searched again.
+
+        Raises:
+            UserError: a training is to go on with another budget than the checkpoint's.
+        """
+        config = merge_config(args, self.merge)
+        if not has_budget(args) or self.resumed is None:
+            return config
+        stored = self.stored or {}
+        same = all(stored.get(flag) == getattr(args, flag) for flag in ("gmacs", "speedup"))
+        found = MergeConfig.from_dict(self.merge) if self.merge else config
+        if same and found.with_r(0) == config:
+            log(f"the schedule is that of {self.path}, which was searched for this budget")
+            return found
+        if not args.eval:
+            flag = "gmacs" if args.gmacs else "speedup"
+            raise UserError(
+                f"{self.path} was not trained with this --{flag} and method; leave --{flag} out to go on as it was, or "
+                f"start anew with --finetune {self.path}"
+            )
+        return config
 
     def tensors(self) -> dict[str, Tensor] | None:
         """Return the weights under timm's names; None: published or random ones."""
@@ -141,27 +170,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         num_classes: None is the model's own number.
     """
     tensors = weights.tensors()
-    registers, register_layer = args.num_registers, args.register_layer
-    if tensors is not None and registers is None and "reg_token" in tensors:
-        registers = tensors["reg_token"].shape[1]
-    if weights.stored is not None and register_layer is None and registers:
-        register_layer = weights.stored.get("register_layer")
-    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
-        warnings.simplefilter("always", UserWarning)
-        model = create_model(
-            weights.name,
-            num_registers=registers,
-            merge=merge_config(args, weights.merge),
-            num_classes=num_classes,
-            img_size=config.input_size,
-            pretrained=weights.pretrained,
-            register_layer=register_layer or 0,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-        )
-    for message in caught:
-        log(f"warning: {message.message}")
-    _check_merges(model, args)
+    model = _new_model(args, weights, tensors, num_classes, config, weights.pretrained)
     adapters = lora_settings(args)
     weights.check_same_adapters(adapters)
     if adapters is not None and weights.goes_on:
@@ -181,6 +190,68 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
     if adapters is not None and not weights.goes_on:
         add_lora(model, adapters)
     return BuiltModel(model, fresh)
+
+
+def build_hollow_model(
+    args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig, dist: Distributed
+) -> BuiltModel:
+    """Build the model with its weights on rank 0, and on the others on the meta device, which holds none.
+
+    All ranks must call it; `sharding.shard` gives the others their part of the weights.
+    """
+    built, message = None, None
+    fresh: tuple[str, ...] = ()
+    if dist.is_main:
+        try:
+            built = build_model(args, weights, num_classes, config)
+            fresh = built.fresh
+        except UserError as error:
+            message = str(error)
+    fresh, message = broadcast_object((fresh, message))
+    if message is not None:
+        raise UserError(message)
+    if built is not None:
+        return built
+    with torch.device("meta"):
+        model = _new_model(args, weights, weights.tensors(), num_classes, config, pretrained=False)
+        if adapters := lora_settings(args):
+            add_lora(model, adapters)
+    return BuiltModel(model, fresh)
+
+
+def _new_model(
+    args: Namespace,
+    weights: Weights,
+    tensors: Mapping[str, Tensor] | None,
+    num_classes: int | None,
+    config: DataConfig,
+    pretrained: bool,
+) -> MergingViT:
+    """Build the model with published weights or random ones."""
+    registers, register_layer = args.num_registers, args.register_layer
+    if tensors is not None and registers is None and "reg_token" in tensors:
+        registers = tensors["reg_token"].shape[1]
+    if weights.stored is not None and register_layer is None and registers:
+        register_layer = weights.stored.get("register_layer")
+    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
+        warnings.simplefilter("always", UserWarning)
+        model = create_model(
+            weights.name,
+            num_registers=registers,
+            merge=weights.merging(args),
+            num_classes=num_classes,
+            img_size=config.input_size,
+            pretrained=pretrained,
+            register_layer=register_layer or 0,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+        )
+    for message in caught:
+        log(f"warning: {message.message}")
+    if args.schedule is not None:
+        check_fits(args.schedule, args.schedule["path"], model)
+    _check_merges(model, args)
+    return model
 
 
 @contextmanager
@@ -292,6 +363,19 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device | str)
     return teacher.to(device).eval().requires_grad_(False)
 
 
+def build_own_teacher(args: Namespace, data: Data, device: torch.device | str) -> nn.Module:
+    """Build the unmerged model of --recover, frozen: the weights that a run starts from, without what it adds.
+
+    A resumed run loads them anew from where the run began.
+    """
+    plain = {**vars(args), "resume": None, "num_registers": None, "r": None, "merge": "none", "schedule": None}
+    plain |= {"gmacs": None, "speedup": None, "activate_layer": None, "eval": True, "lora": None, "drop": 0.0}
+    plain |= dict.fromkeys(all_knobs())
+    dense = Namespace(**plain)
+    teacher = build_model(dense, Weights(dense, args.model), data.num_classes, data.config).model
+    return teacher.to(device).eval().requires_grad_(False)
+
+
 def _teacher_from_file(name: str, path: str, num_classes: int, img_size: int | None) -> nn.Module:
     """Load a model of ours by our loading, any other by timm's, which knows the older names of each family."""
     weights = unwrap_state_dict(load_checkpoint(path), ema=True, source=path)
@@ -338,17 +422,28 @@ def _published_teacher(name: str, num_classes: int) -> nn.Module:
 
 
 class Prepared(NamedTuple):
-    """What training and evaluation share; `fresh` names the parameters that no weights were found for."""
+    """What training and evaluation share.
+
+    Attributes:
+        fresh: the parameters that no weights were found for.
+        searched: what the search of the model's schedule found; None: it was given, or none.
+    """
 
     data: Data
     weights: Weights
     model: MergingViT
     fresh: tuple[str, ...]
     precision: Precision
+    searched: Result | None
 
 
 def prepare(args: Namespace, dist: Distributed) -> Prepared:
     """Build everything that training and evaluation share; the cheapest checks come first."""
+    if args.fsdp and not dist.distributed:
+        raise UserError(
+            "--fsdp spreads the weights over several processes, and this is one alone: start it with torchrun "
+            "--nproc_per_node=N, or leave it out; --grad_checkpointing and --lora save memory in one process"
+        )
     seed_all(args.seed)  # the same fresh parameters on all ranks
     precision = build_precision(args, dist.device)
     weights = Weights(args, args.model)
@@ -357,16 +452,29 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     data = _with_stored_classes(build_data(args, build_config(args, weights)), weights, args)
     for note in data.notes:
         log(f"note: {note}")
-    model, fresh = build_model(args, weights, data.num_classes, data.config)
+    if args.fsdp:
+        model, fresh = build_hollow_model(args, weights, data.num_classes, data.config, dist)
+    else:
+        model, fresh = build_model(args, weights, data.num_classes or None, data.config)
+    if not data.num_classes:  # unlabelled images
+        data = _with_classes_of(model, data, weights)
+    if args.recover:
+        _check_recoverable(model, fresh)
     if weights.goes_on:
         weights.check_same_model(model)
+    model = model if args.fsdp else model.to(dist.device)
+    searched = None
+    if has_budget(args) and not any(model.plan().merges):
+        searched = apply_budget(args, dist, data, model, weights.name, fresh, precision)
     describe(model, weights, data)
-    return Prepared(data, weights, model.to(dist.device), fresh, precision)
+    return Prepared(data, weights, model, fresh, precision, searched)
 
 
 def _check_weights(args: Namespace, weights: Weights) -> None:
     """Refuse, before the data set is opened, flags that mean nothing for what the weights and --r make of the model."""
-    check_merging(merge_config(args, weights.merge), bool(args.full_weight), args.r_warmup_epochs)
+    merge = weights.merging(args)
+    if not has_budget(args) or merge.r != 0:  # a schedule that is still to be searched will merge
+        check_merging(merge, bool(args.full_weight), args.r_warmup_epochs)
     tensors = weights.tensors()
     known = tensors is not None or args.num_registers is not None or weights.name in NAMES
     registers = args.num_registers if args.num_registers is not None else "reg_token" in (tensors or ())
@@ -388,7 +496,7 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
         UserError: the data has classes that the checkpoint does not know, or a resumed training has other ones.
     """
     stored = tuple((weights.data or {}).get("class_names") or ())
-    if not stored or stored == data.class_names or not (args.eval or weights.resumed):
+    if not data.class_names or not stored or stored == data.class_names or not (args.eval or weights.resumed):
         return data
     if args.eval and set(data.class_names) <= set(stored):
         return with_classes(data, stored)
@@ -396,6 +504,21 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
         f"the classes of {weights.path} are not those of the data: {differing_classes(stored, data.class_names)}; "
         "give the data that it was trained on, or finetune it for these classes with --finetune"
     )
+
+
+def _with_classes_of(model: MergingViT, data: Data, weights: Weights) -> Data:
+    """Give unlabelled images the classes of the weights."""
+    names = tuple((weights.data or {}).get("class_names") or ()) or assumed_classes(model.num_classes) or ()
+    labels = readable_names(names)
+    return replace(data, num_classes=model.num_classes, class_names=names, class_labels=labels)
+
+
+def _check_recoverable(model: MergingViT, fresh: tuple[str, ...]) -> None:
+    """Refuse a recovery of a model that has nothing to recover, or nothing to recover to."""
+    if any(parameter.split(".")[0] in HEADS for parameter in fresh):
+        raise UserError("--recover keeps the classes of the weights, and these have a fresh head; finetune it first")
+    if model.merge.method == "none":
+        raise UserError("--recover has no effect without merging; give --r or --gmacs")
 
 
 def describe(model: MergingViT, weights: Weights, data: Data) -> None:

@@ -88,8 +88,11 @@ def _rotate(new: Path, path: Path) -> None:
         old.unlink(missing_ok=True)  # rename(2) leaves both names if they are the same file already
 
 
-def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a .pth (also of DeiT, MCTF and torch < 1.6) or .safetensors file or URL; runs no code from it.
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Read a .pth (also of DeiT, MCTF and torch < 1.6) or .safetensors file or URL onto the CPU; runs no code from it.
+
+    Args:
+        mmap: leave tensors in the file until they are used, where the processes of a machine share them.
 
     Returns:
         The named contents; a bare state dict, as safetensors holds, comes back as {"model": state}.
@@ -98,33 +101,33 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         UserError: it is missing, unreadable, or holds objects other than tensors and plain values (named).
         DamagedCheckpoint: it is empty, torn, altered (each part's checksum is compared) or not a checkpoint.
     """
-    return _load_url(str(path), map_location) if is_url(path) else _load_file(Path(path).expanduser(), map_location)
+    return _load_url(str(path), mmap) if is_url(path) else _load_file(Path(path).expanduser(), mmap)
 
 
-def _load_url(url: str, map_location: str | torch.device) -> dict[str, Any]:
+def _load_url(url: str, mmap: bool) -> dict[str, Any]:
     """Read a URL's file from the cache; what is damaged there is fetched again, once."""
     cached = cached_path(url).exists()
     try:
-        return _load_file(fetch(url), map_location)
+        return _load_file(fetch(url), mmap)
     except DamagedCheckpoint as error:
         damage = error
     try:
         if not cached:
             raise damage
         log(f"warning: {damage}: fetching it again")
-        return _load_file(fetch(url, anew=True), map_location)
+        return _load_file(fetch(url, anew=True), mmap)
     except DamagedCheckpoint as error:
         cached_path(url).unlink(missing_ok=True)
         raise UserError(f"{without_credentials(url)} serves no whole checkpoint: {error}") from error
 
 
-def _load_file(file: Path, map_location: str | torch.device) -> dict[str, Any]:
+def _load_file(file: Path, mmap: bool) -> dict[str, Any]:
     start = _read_start(file)
     if file.suffix == ".safetensors":
-        return {"model": _load_safetensors(file, map_location)}
+        return {"model": _load_safetensors(file)}
     if start.startswith(b"PK") or zipfile.is_zipfile(file):
         _check_zip(file)
-    state = _unpickle(file, start, map_location)
+    state = _unpickle(file, start, mmap)
     if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
         raise DamagedCheckpoint(f"{file} is not a checkpoint: it holds a {type(state).__name__}, not named tensors")
     bare = all(isinstance(value, torch.Tensor) for value in state.values())
@@ -173,18 +176,19 @@ def _check_zip(file: Path) -> None:
         raise _damaged(file, f"wrong checksum of {bad}" if bad is not None else f"{folders[0]} is marked as a folder")
 
 
-def _load_safetensors(file: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
+def _load_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file, device=str(map_location))
+        return load_file(file)
     except SafetensorError as error:
         raise _damaged(file, first_line(error)) from error
 
 
-def _unpickle(file: Path, start: bytes, map_location: str | torch.device) -> Any:
+def _unpickle(file: Path, start: bytes, mmap: bool) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_TYPES):
             warnings.simplefilter("ignore")  # of foreign files; the error below says it in one line
-            return torch.load(file, map_location=map_location, weights_only=True)
+            mmap = mmap and start.startswith(b"PK")  # older files cannot be
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # the unpickler raises nearly any type on foreign bytes
         raise _unpickle_error(file, start, error) from error
 
@@ -204,7 +208,7 @@ def _unpickle_error(file: Path, start: bytes, error: Exception) -> UserError:
     )
 
 
-def _newest_whole(output_dir: str | Path | None) -> tuple[dict[str, Any], str] | tuple[None, None]:
+def _newest_whole(output_dir: str | Path | None, mmap: bool) -> tuple[dict[str, Any], str] | tuple[None, None]:
     """Load the newest whole checkpoint of a run, with one warning for a torn one; (None, None) if there is none."""
     assert output_dir, "options refuses --resume auto without --output_dir"
     current = Path(output_dir).expanduser() / "checkpoint.pth"
@@ -213,7 +217,7 @@ def _newest_whole(output_dir: str | Path | None) -> tuple[dict[str, Any], str] |
         if not path.exists():
             continue
         try:
-            state = load_checkpoint(path)
+            state = load_checkpoint(path, mmap)
         except DamagedCheckpoint as error:
             torn = torn or str(error)
             continue
@@ -225,17 +229,23 @@ def _newest_whole(output_dir: str | Path | None) -> tuple[dict[str, Any], str] |
     return None, None
 
 
-def load_resume(resume: str | None, output_dir: str | Path | None) -> tuple[dict[str, Any], str] | None:
+def load_resume(
+    resume: str | None, output_dir: str | Path | None, mmap: bool = False
+) -> tuple[dict[str, Any], str] | None:
     """Load state and path for --resume FILE, URL or auto; None for no --resume, or for auto in a new folder.
 
     Rank 0 decides for all ranks, so that they never resume different files; all ranks must call it.
+
+    Args:
+        mmap: as for `load_checkpoint`.
     """
     if not resume:
         return None
     state, path, message = None, None, None
     if is_main_process():
         try:
-            state, path = _newest_whole(output_dir) if resume == "auto" else (load_checkpoint(resume), resume)
+            named = resume != "auto"
+            state, path = (load_checkpoint(resume, mmap), resume) if named else _newest_whole(output_dir, mmap)
         except UserError as error:
             message = str(error)
     path, message = broadcast_object((path, message))
@@ -243,7 +253,7 @@ def load_resume(resume: str | None, output_dir: str | Path | None) -> tuple[dict
         raise UserError(message)
     if path is None:
         return None
-    return state if state is not None else load_checkpoint(path), without_credentials(path)
+    return state if state is not None else load_checkpoint(path, mmap), without_credentials(path)
 
 
 def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:

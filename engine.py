@@ -29,6 +29,7 @@ from datasets import Batch, EvalLoader, TrainLoader
 from distributed import Distributed, all_reduce_sum, any_rank, gather_names, lost_contact, max_over_ranks
 from models.errors import UserError
 from models.schedule import format_schedule
+from sharding import copy_tensors, is_sharded, load_whole, local, sliced_state, whole
 from utils import Progress, RunError, StopSignal, compile_model, log, seed_all
 
 EMA_GAMMA = 9.0  # of the average's warm-up, as in TensorFlow's (1 + t) / (10 + t)
@@ -162,7 +163,8 @@ class SharpnessAware:
 class Learner:
     """A model and all that changes with it in training: optimizer, schedule of the rate, loss scale, average.
 
-    `model` may be wrapped by DDP or compile; `module` is the bare one, whose parameters they share.
+    `model` may be wrapped by DDP or compile; `module` is the bare one, whose parameters they share. With --fsdp both
+    are one, whose parameters are spread over the processes.
     """
 
     model: nn.Module
@@ -179,6 +181,11 @@ class Learner:
     accumulation: int = 1
     seed: int = 0
     ema_updates: int | None = 0  # done so far; None: the decay stays constant, as in runs before there was a warm-up
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is spread over the processes."""
+        return is_sharded(self.module)
 
     @property
     def lr(self) -> float:
@@ -221,8 +228,11 @@ class Learner:
             self.scheduler.step(epoch + 1, accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values, under the names of DeiT's checkpoints."""
-        return {
+        """Return tensors and plain values, under the names of DeiT's checkpoints.
+
+        Of a model that is spread over the processes all ranks must call it; rank 0's has the tensors.
+        """
+        state = {
             "model": self.module.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
             "ema_updates": self.ema_updates,
@@ -230,6 +240,7 @@ class Learner:
             "lr_scheduler": scheduler_state(self.scheduler),
             "scaler": self.precision.scaler.state_dict(),
         }
+        return whole(state, keep=self.dist.is_main) if self.sharded else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load all of `state_dict` but the model: its weights are loaded when it is built, as for finetuning.
@@ -237,11 +248,13 @@ class Learner:
         Raises:
             ValueError, KeyError: the state is of another optimizer or schedule.
         """
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(sliced_state(self.optimizer, optimizer) if self.sharded else optimizer)
         load_scheduler_state(self.scheduler, state["lr_scheduler"])
         ema = state.get("model_ema")
         if self.ema is not None:  # a run that kept no average starts one from its weights
-            self.ema.module.load_state_dict(state["model"] if ema is None else ema)
+            load = partial(load_whole, self.ema.module) if self.sharded else self.ema.module.load_state_dict
+            load(state["model"] if ema is None else ema)
             self.ema_updates = self.ema_updates if ema is None else state.get("ema_updates")
         if state.get("scaler"):  # a run without fp16 has left none
             self.precision.scaler.load_state_dict(state["scaler"])
@@ -320,7 +333,8 @@ class Learner:
         """Tell whether all gradients are finite; fp16's scaler looks itself (an overflow is part of its search)."""
         if self.precision.scaler.is_enabled():
             return True
-        grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        # of its own slices alone: the ranks exchange their answers later, and not all of them may get here
+        grads = [local(parameter.grad) for parameter in self.module.parameters() if parameter.grad is not None]
         return bool(torch.isfinite(nn.utils.get_total_norm(grads))) if grads else True
 
 
@@ -484,6 +498,9 @@ def evaluate(
             return None
         batch = next(batches, None)  # a rank may have one batch fewer than another
         if batch is None:
+            if is_sharded(model):  # which the other ranks cannot call alone
+                for r in schedules:
+                    model(torch.zeros(1, 3, *model.patch_embed.img_size, device=dist.device), r=r)  # type: ignore[union-attr,misc]
             continue
         images, targets, valid = (t.to(dist.device, non_blocking=True) for t in batch[:3])
         names += batch.bad
@@ -507,6 +524,13 @@ def evaluate(
             "its weights are damaged or its training diverged (lower --lr, set --clip_grad), or --amp fp16 overflows"
         )
     return [_scores(row, counts, agreement) for row in sums]
+
+
+@torch.no_grad()
+def answers(model: nn.Module, loader: EvalLoader, device: torch.device) -> np.ndarray:
+    """Return the most probable class (n,) of every image of a loader."""
+    found = [model(batch.images.to(device)).argmax(dim=1).cpu() for batch in loader]
+    return torch.cat(found).numpy()
 
 
 def _score(logits: Tensor, targets: Tensor, valid: Tensor, dense: Tensor | None) -> Tensor:
@@ -610,16 +634,19 @@ def build_learner(
     objective: LossFn,
     precision: Precision,
     mixup: Mixup | None,
+    averaged: nn.Module | None = None,
 ) -> Learner:
     """Wrap the model as asked, and make its optimizer, schedule and average.
 
     Args:
+        module: bare, or spread over the processes.
+        averaged: what `sharding.shard` returned, if the module is spread.
         groups: parameters with their weight decay and factors on the rate (`models.parameters.parameter_groups`).
     """
     module.set_grad_checkpointing(args.grad_checkpointing)  # type: ignore[operator]
-    ema = build_average(args, module) if args.model_ema else None
+    ema = build_average(args, module, averaged) if args.model_ema else None
     model: nn.Module = compile_model(module) if args.compile else module
-    if dist.distributed:
+    if dist.distributed and not is_sharded(module):
         ids = [dist.device.index] if dist.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     optimizer = build_optimizer(args, groups, dist.world)
@@ -642,24 +669,31 @@ def build_learner(
     )
 
 
-def build_average(args: Namespace, module: nn.Module) -> ModelEmaV3:
+def build_average(args: Namespace, module: nn.Module, averaged: nn.Module | None = None) -> ModelEmaV3:
     """Build the moving average of the weights; its decay after t updates is t / (9 + t), at most the asked one.
 
     A constant decay of 0.99996 needs 25,000 updates to forget the initial weights, more than most runs have. With the
     warm-up the average always spans about the last ninth of the updates, be it 100 or 100,000 of them, until the asked
     decay is reached (0.99996 after 225,000 updates, of the 375,000 of DeiT's run). Parameters that do not train are
-    their own average, and are held once.
+    their own average, and are held once, but for those of a model that is spread over the processes.
+
+    Args:
+        averaged: as for `build_learner`: a model that is spread cannot be copied whole.
     """
     average = ModelEmaV3(
-        module,
+        module if averaged is None else nn.ParameterList([nn.Parameter(torch.zeros(1))]),
         decay=args.model_ema_decay,
         use_warmup=args.model_ema_warmup,
         warmup_gamma=EMA_GAMMA,
         warmup_power=1.0,
     )
-    for averaged, parameter in zip(average.module.parameters(), module.parameters(), strict=True):
+    if averaged is not None:
+        average.module = averaged.eval()
+        copy_tensors(average.module, module)
+        return average
+    for own, parameter in zip(average.module.parameters(), module.parameters(), strict=True):
         if not parameter.requires_grad:
-            averaged.data = parameter.data
+            own.data = parameter.data
     return average
 
 

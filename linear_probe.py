@@ -19,6 +19,7 @@ from distributed import Distributed, broadcast_object
 from engine import Precision
 from models import MergingViT, UserError
 from models.weights import HEADS
+from sharding import assign, is_sharded
 from utils import log
 
 SMALL = 10_000  # training images up to which a new head is probed without being asked
@@ -45,21 +46,21 @@ def init_head(
     kind = args.head_init or ("probe" if len(data.train) <= SMALL else "random")
     if not heads or kind == "random" or data.num_classes < 2:
         return
-    fitted = _fit_heads(model, heads, data, args, precision, dist.device) if dist.is_main else None
+    took_part = dist.is_main or is_sharded(model)  # which the first rank cannot call alone
+    fitted = _fit_heads(model, heads, data, args, precision, dist) if took_part else None
     for name, (weight, bias) in (broadcast_object(fitted) or {}).items():
         head = getattr(model, name)
-        with torch.no_grad():
-            head.weight.copy_(weight)
-            head.bias.copy_(bias)
+        assign(head.weight, weight)
+        assign(head.bias, bias)
 
 
 def _fit_heads(
-    model: MergingViT, heads: Sequence[str], data: Data, args: Namespace, precision: Precision, device: torch.device
+    model: MergingViT, heads: Sequence[str], data: Data, args: Namespace, precision: Precision, dist: Distributed
 ) -> dict[str, tuple[Tensor, Tensor]]:
     began = time.monotonic()
-    features, targets = _features(model, heads, data, args, precision, device)
+    features, targets = _features(model, heads, data, args, precision, dist.device)
     fitted = {}
-    for name in heads:
+    for name in heads if dist.is_main else ():
         weight, bias = fit_probe(features[name].numpy(), targets.numpy(), data.num_classes)
         fitted[name] = (weight, bias)
         hits = (features[name] @ weight.T + bias).argmax(1) == targets

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from build import build_teacher, data_record, lora_settings, prepare
+from build import build_own_teacher, build_teacher, data_record, lora_settings, prepare
+from calibration import write_result
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
 from datasets import (
     ORDER,
@@ -22,7 +23,7 @@ from datasets import (
     unnormalise,
 )
 from distributed import Distributed, barrier
-from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner, evaluate, train_one_epoch
+from engine import EpochLog, RunControl, Scores, UnreadableImages, answers, build_learner, evaluate, train_one_epoch
 from linear_probe import init_head
 from losses import build_mixup, build_objective
 from models import UserError
@@ -30,6 +31,8 @@ from models.adapters import merge_lora
 from models.parameters import freeze, parameter_groups
 from resume import Sampling, continuation
 from runfolder import RunFolder, claimed
+from sharding import shard
+from sources import DATASETS
 from utils import (
     RunError,
     StopSignal,
@@ -80,11 +83,12 @@ class Trainer:
     def __init__(self, args: Namespace, dist: Distributed, stop: StopSignal, place: RunFolder) -> None:
         self.args, self.dist, self.stop, self.place = args, dist, stop, place
         self.folder = place.path
-        self.data, weights, self.module, fresh, precision = prepare(args, dist)
+        self.data, weights, self.module, fresh, precision, self.searched = prepare(args, dist)
         self.name, self.lora = weights.name, lora_settings(args)
+        self._freeze()
+        averaged = shard(self.module, dist, precision.dtype) if args.fsdp else None
         if weights.resumed is None:
             init_head(self.module, fresh, self.data, args, precision, dist)
-        self._freeze()
         self.val_loader = build_eval_loader(args, self.data.val, dist.rank, dist.world)
         assert self.data.train is not None
         args, smaller_batch = fit_batch(args, len(self.data.train), dist.world)
@@ -93,11 +97,11 @@ class Trainer:
         for line in (smaller_batch and f"note: {smaller_batch}", self.train_loader.describe()):
             if line:
                 log(line)
-        teacher = build_teacher(args, self.data.num_classes, dist.device)
+        teacher = self._build_teacher()
         objective = build_objective(args, teacher, self.module)
         groups = parameter_groups(self.module, args.weight_decay, args.register_lr_mult, args.layer_decay)
         mixup = build_mixup(args, self.data.num_classes)
-        self.learner = build_learner(args, dist, self.module, groups, objective, precision, mixup)
+        self.learner = build_learner(args, dist, self.module, groups, objective, precision, mixup, averaged)
         self.control = RunControl(
             stop, UnreadableImages(bad_image_limit(args, self.data)), args.max_nonfinite, args.log_every
         )
@@ -110,6 +114,18 @@ class Trainer:
             self._resume(*weights.resumed)
         self.first_epoch = self.epoch
         self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch if self.epoch or place.pending else None)
+
+    def _build_teacher(self) -> nn.Module | None:
+        """Build the teacher; unlabelled images get its answers as labels to be evaluated against."""
+        args, device = self.args, self.dist.device
+        if not args.recover:
+            return build_teacher(args, self.data.num_classes, device)
+        teacher = build_own_teacher(args, self.data, device)
+        if DATASETS[args.dataset].labels:
+            return teacher
+        log("no labels: accuracy is the agreement with the unmerged model")
+        self.data.val.targets[:] = answers(teacher, build_eval_loader(args, self.data.val, 0, 1), device)
+        return teacher
 
     def _freeze(self) -> None:
         """Leave only trainable what --train_only names, and say how much that is."""
@@ -130,7 +146,7 @@ class Trainer:
         return self.folder / "checkpoint.pth" if self.folder else None
 
     def state(self) -> dict[str, Any]:
-        """Return a checkpoint: tensors and plain values only."""
+        """Return a checkpoint: tensors and plain values only. Its tensors are rank 0's, if the model is spread."""
         return {
             **self.learner.state_dict(),
             "epoch": self.epoch,
@@ -213,24 +229,38 @@ class Trainer:
         if changed:
             log(f"warning: the checkpoint's optimizer and schedule go on, whatever {', '.join(changed)} says now")
 
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this rank is needed for a checkpoint: rank 0 writes it, and all have parts of what is spread."""
+        return self.dist.is_main or self.learner.sharded
+
     def save(self) -> None:
         """Write checkpoint.pth on rank 0; the others wait, so that none runs ahead of what is safe."""
         self._write()
         barrier()
 
     def _write(self) -> None:
-        if self.checkpoint is not None and self.dist.is_main:
-            self.place.check(now=True)
-            save_checkpoint(self.checkpoint, self.state())
+        if self.checkpoint is not None:
+            if self.dist.is_main:
+                self.place.check(now=True)
+            state = self.state() if self._takes_part else {}
+            if self.dist.is_main:
+                save_checkpoint(self.checkpoint, state)
+                if self.searched is not None:
+                    write_result(self.searched, self.checkpoint.parent)
+            del state
+            self.searched = None  # it holds the images
         self.place.saved(self.args, self.first_epoch)
         if self.checkpoint is not None:
             self.saved = f"{self.checkpoint} (epoch {self.epoch}, micro-batch {self.step})"
 
     def _save_best(self, weights: str) -> None:
         """Write best.pth: the weights that won, raw or average, and what it takes to use them."""
-        if self.folder is None or not self.dist.is_main:
+        if self.folder is None or not self._takes_part:
             return
         state = self.state()
+        if not self.dist.is_main:
+            return
         kept = {name: state[name] for name in ("epoch", "best", "best_loss", "merge", "data", "args")}
         won = merge_lora(state["model_ema"] if weights == "average" else state["model"], state["lora"])
         save_checkpoint(self.folder / "best.pth", {"model": won, "weights": weights, **kept}, keep_previous=False)
@@ -246,7 +276,7 @@ class Trainer:
         try:
             return self._fit()
         except RunError as error:
-            if isinstance(error, LoaderFailure) and self.dist.is_main:
+            if isinstance(error, LoaderFailure) and self.dist.is_main and not self.learner.sharded:
                 self._write()  # all updates are whole; without a barrier, for the other ranks wait for gradients
             saved = self.saved if Path(self.saved.partition(" (epoch ")[0]).is_file() else ""
             go_on = "; go on with the same command and --resume auto" if saved else ""

@@ -59,9 +59,10 @@ class IdealViT(MergingViT):
         rule: Method | None = None,
         enter: Callable[[int, Tokens], Tokens] | None = None,
         masking: dict[str, Any] | None = None,
+        start: int = 0,
     ) -> Iterator[Layer]:
         """The loop of the merging model, with `Slicing` at the place of its method."""
-        return super().layers(tokens, plan, Slicing(rule or self.merge.rule), enter, masking)
+        return super().layers(tokens, plan, Slicing(rule or self.merge.rule), enter, masking, start)
 
 
 def ideal_model(model: MergingViT) -> IdealViT:

@@ -137,7 +137,7 @@ class MergingAttention(nn.Module):
         if readout is None:
             return super().forward(x, *arguments, **options)
         mask, rope = options.get("attn_mask"), options.get("rope")
-        y, readout.keys, readout.score = attend(self, x, mask, readout.with_score, rope, readout.queries)
+        y, readout.keys, readout.score = attend(self, x, mask, readout.with_score, readout.queries, rope)
         return y
 
 
@@ -458,8 +458,8 @@ def attend(
     x: Tensor,
     bias: Tensor | None = None,
     with_score: bool = False,
-    rope: Tensor | None = None,
     queries: int | None = None,
+    rope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """timm's attention with an additive key bias (B,1,1,N), never expanded to N x N.
 

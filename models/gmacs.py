@@ -33,10 +33,10 @@ def gmacs(model: MergingViT, r: Any = None, img: int | tuple[int, int] | None = 
     for block, prefix, merged in zip(blocks, model.prefixes(), plan.merges, strict=True):
         reading = readers if block is blocks[-1] else None
         macs += block_macs(block, left + prefix, left + prefix - merged, model.merge.rule, reading)
-        if model.rope_mixed and left < patches:  # see `MixedPositions.angles`
-            macs += (left + prefix) * patches * block.attn.num_heads * block.attn.head_dim
+        if model.rope_mixed and left < patches:
+            macs += mixed_rope_macs(block, left + prefix, patches)
         left -= merged
-    return (macs + _head_macs(model, left + model.num_prefix_tokens)) / 1e9
+    return (macs + head_macs(model, left + model.num_prefix_tokens)) / 1e9
 
 
 def block_macs(block: MergingBlock, tokens: int, left: int, rule: Method, readers: int | None = None) -> int:
@@ -59,6 +59,11 @@ def block_macs(block: MergingBlock, tokens: int, left: int, rule: Method, reader
     return rule.place().macs(costs, tokens, left)
 
 
+def mixed_rope_macs(block: MergingBlock, tokens: int, patches: int) -> int:
+    """Multiply-adds of the angles of N tokens of which some are merged, see `MixedPositions.angles`."""
+    return tokens * patches * block.attn.num_heads * block.attn.head_dim
+
+
 def linear_macs(module: nn.Module) -> int:
     """Multiply-adds per token of all linear layers of a module, also those inside adapters and quantised ones."""
     layers: list[Any] = [part for part in module.modules() if hasattr(part, "out_features")]
@@ -67,7 +72,8 @@ def linear_macs(module: nn.Module) -> int:
     return sum(part.in_features * part.out_features for part in innermost)
 
 
-def _head_macs(model: MergingViT, tokens: int) -> int:
+def head_macs(model: MergingViT, tokens: int) -> int:
+    """Multiply-adds of the pooling and the heads, of `tokens` that the last block leaves, prefix included."""
     macs = linear_macs(model.head) + (linear_macs(model.head_dist) if model.head_dist is not None else 0)
     if model.attn_pool is None:
         return macs

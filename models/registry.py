@@ -88,9 +88,9 @@ def create_model(
         register_layer, class_layer: the blocks before which registers and class token enter; None is the first, of a
             saved merging model its own.
         checkpoint_path: a file of weights of any origin that `models.weights` knows.
-        **vit: keywords of timm's VisionTransformer, or of its Eva (drop_path_rate, ...); None means its default. As
-            in timm, features_only=True with out_indices makes a `FeatureGetterNet` instead, which returns a list of
-            maps (B,C,gh,gw) un-merged to the grid of patches, with its `feature_info`: see `feature_extractor`.
+        **vit: keywords of timm's VisionTransformer, or of its Eva (drop_path_rate, ...); None means its default. As in
+            timm, features_only=True with out_indices makes a `FeatureGetterNet` instead, which returns a list of maps
+            (B,C,gh,gw) un-merged to the grid of patches, with its `feature_info`: see `feature_extractor`.
 
     Raises:
         UserError: unknown name or keyword (with the nearest ones), unsupported model, no weights, or weights that

@@ -622,6 +622,7 @@ class MergingViT(VisionTransformer):
         rule: Method | None = None,
         enter: Callable[[int, Tokens], Tokens] | None = None,
         masking: dict[str, Any] | None = None,
+        start: int = 0,
     ) -> Iterator[Layer]:
         """Run all blocks and hand out each one: the one loop that the forward and all instruments share.
 
@@ -632,9 +633,10 @@ class MergingViT(VisionTransformer):
             rule: another method than the model's.
             enter: another way for prefix tokens to enter than `self.enter`.
             masking: attn_mask and is_causal of timm's block, for blocks that merge nothing.
+            start: the first block to run, on the tokens that the block before it left.
         """
         rule, enter = rule or self.merge.rule, enter or self.enter
-        for index, block in enumerate(self.blocks):
+        for index, block in list(enumerate(self.blocks))[start:]:
             tokens = enter(index, tokens)
             block_plan = plan.block(index)
             after, merge = self._run_block(block, tokens, block_plan, rule, masking or {})

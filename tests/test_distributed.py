@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +211,9 @@ def run_flags(folder: Path) -> list[str]:
     return digits(*flags, "--reprob", 0.5, "--resume", "auto", "--output_dir", folder, limit=128)
 
 
-def play(folder: str, interrupt: str = "", rank: int = 1, epochs: int = 2) -> int:
+def play(folder: str, interrupt: str = "", rank: int = 1, epochs: int = 2, flags: Sequence[str] = ()) -> int:
     """main.py in a rank; `interrupt` is sent to one of them by itself after its third update of this call."""
-    argv = [*run_flags(Path(folder)), "--epochs", str(epochs)]
+    argv = [*run_flags(Path(folder)), "--epochs", str(epochs), *flags]
     train_epoch, calls = trainer.train_one_epoch, [0]
 
     def watched(*args: Any, after_step: Any, **options: Any) -> bool:

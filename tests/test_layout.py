@@ -28,6 +28,10 @@ TOP_LEVEL = (
     "downloads",
     "runfolder",
     "resume",
+    "sharding",
+    "budget",
+    "calibration",
+    "latency",
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}
