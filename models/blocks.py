@@ -89,6 +89,7 @@ MergeAhead = Callable[[Tensor], tuple[Tensor, Callable[[Tensor, Tensor], Tensor]
 class MergingAttention(nn.Module):
     """What merging adds to timm's attention layers, called as modules: to show keys, or to merge before the values."""
 
+    rotate_half: bool
     qkv: Any
     q_proj: Any
     k_proj: Any
@@ -427,7 +428,7 @@ def attend(
     q, k, v = project_qkv(attn, x)
     keys = k
     if rope is not None:
-        q, k = rotate(attn, q, k, rope, v.dtype)
+        q, k = (rotate(part, rope, attn.rotate_half, v.dtype) for part in (q, k))
     if with_score and queries is None:
         attention = attention_map(attn, q, k, bias)
         y = project_out(attn, x, join_heads(attn.attn_drop(attention) @ v))
@@ -464,7 +465,9 @@ def project_qk(attn: MergingAttention, x: Tensor, rope: Tensor | None = None) ->
     """The first two of `project_qkv` alone, rotated where there are angles."""
     q, k = (split_heads(attn, part) for part in _project(attn, x, 0, 2))
     dtype, q, k = q.dtype, attn.q_norm(q), attn.k_norm(k)
-    return (q, k) if rope is None else rotate(attn, q, k, rope, dtype)
+    if rope is None:
+        return q, k
+    return rotate(q, rope, attn.rotate_half, dtype), rotate(k, rope, attn.rotate_half, dtype)
 
 
 def project_v(attn: MergingAttention, x: Tensor) -> Tensor:
