@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .merging import Merge, PoolIndex
-from .rope import rotate, turned
+from .rope import rotate
 from .schedule import BlockPlan
 from .tokens import Tokens
 
@@ -89,6 +89,7 @@ MergeAhead = Callable[[Tensor], tuple[Tensor, Callable[[Tensor, Tensor], Tensor]
 class MergingAttention(nn.Module):
     """What merging adds to timm's attention layers, called as modules: to show keys, or to merge before the values."""
 
+    rotate_half: bool
     qkv: Any
     q_proj: Any
     k_proj: Any
@@ -469,7 +470,7 @@ def attend(
     q, k, v = project_qkv(attn, x)
     keys = k
     if rope is not None:
-        q, k = rotate(attn, q, k, rope, v.dtype)
+        q, k = (rotate(part, rope, attn.rotate_half, v.dtype) for part in (q, k))
     if with_score and queries is None:
         attention = attention_map(attn, q, k, bias)
         y = project_out(attn, x, join_heads(attn.attn_drop(attention) @ v))
@@ -491,7 +492,7 @@ def attend_from(
     k, v = (split_heads(attn, part) for part in _project(attn, x, 1, 3))
     k = attn.k_norm(k)
     if rope is not None:
-        q, k = q.to(v.dtype), turned(attn, k, rope, v.dtype)
+        q, k = q.to(v.dtype), rotate(k, rope, attn.rotate_half, v.dtype)
     return project_out(attn, first, join_heads(attention_product(attn, q, k, v, bias)))
 
 
@@ -523,7 +524,9 @@ def project_qk(attn: MergingAttention, x: Tensor, rope: Tensor | None = None) ->
     """The first two of `project_qkv` alone, rotated where there are angles."""
     q, k = (split_heads(attn, part) for part in _project(attn, x, 0, 2))
     dtype, q, k = q.dtype, attn.q_norm(q), attn.k_norm(k)
-    return (q, k) if rope is None else rotate(attn, q, k, rope, dtype)
+    if rope is None:
+        return q, k
+    return rotate(q, rope, attn.rotate_half, dtype), rotate(k, rope, attn.rotate_half, dtype)
 
 
 def project_v(attn: MergingAttention, x: Tensor) -> Tensor:

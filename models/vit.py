@@ -420,11 +420,12 @@ class MergingViT(VisionTransformer):
         """The first tokens, which alone need the last block's queries, projection and MLP; None: all tokens do.
 
         Where class (and distillation) token are all that is pooled, what becomes of the others in the last block is
-        never seen: logits are the same without it. Not so for a method that merges before attention, or where a hook
-        may look at the last block or the final norm. Training computes all tokens.
+        never seen: logits are the same without it, up to the order of sums. Not so for a method that merges before
+        attention, or where a hook may look at the last block or the final norm. Training computes all tokens, and so
+        does a forward that merges nothing, whose logits are timm's to the bit.
         """
         pools_tokens = self.global_pool == "token" and self.attn_pool is None and self.num_class_tokens > 0
-        if not pools_tokens:
+        if not pools_tokens or not any(plan.merges):
             return None
         if plan.merges[-1] and not self.merge.rule.place().after_attention:
             return None

@@ -12,7 +12,6 @@ from models import MergeConfig
 from models.gmacs import gmacs
 
 CONFIGS = {
-    "none": MergeConfig("none"),
     "tome": MergeConfig("tome", r=4),
     "regtome": MergeConfig("regtome", r=(5, 4, 3)),
     "mctf-until-the-last": MergeConfig("mctf", r=(0, 5, 0)),
@@ -49,6 +48,13 @@ def test_logits_are_those_of_all_tokens(config: MergeConfig, prefix: int) -> Non
     assert rows_of_the_last_mlp(ideal_model(model)) == (2 if prefix == 2 else 1)
     assert rows_of_the_last_mlp(model, trace=True) == traced.counts[-1] + (config.one_step_ahead == "off") * 3
     assert gmacs(model, inference=True) < gmacs(model)
+
+
+def test_a_forward_that_merges_nothing_computes_all_tokens() -> None:
+    model = ours(MergeConfig("tome", r=4))
+    with torch.no_grad():
+        assert torch.equal(model(images(), r=0), model(images(), r=0, trace=True).logits)
+    assert rows_of_the_last_mlp(model, r=0) == 17 and rows_of_the_last_mlp(ours(MergeConfig("none"))) == 17
 
 
 def test_late_class_token_and_layer_scale() -> None:
