@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
+from timm.layers import RotaryEmbeddingCat
 from torch import Tensor, nn
 
-from .merging import Merge, merge_tokens
+from .merging import Merge, PoolIndex, pool_rows
 
 
 class Positions(Protocol):
@@ -29,8 +29,8 @@ class Positions(Protocol):
     def with_prefix(self, count: int) -> "Positions":
         """The positions after `count` prefix tokens entered in front."""
 
-    def merged(self, merge: Merge, size: Tensor) -> "Positions":
-        """The positions after a merge of tokens that stand for size (B,N) patches."""
+    def merged(self, merge: Merge, by_size: PoolIndex) -> "Positions":
+        """The positions after a merge, whose groups are averaged by size."""
 
     def take(self, index: Tensor | slice) -> "Positions":
         """The positions of some tokens, the same ones in every image."""
@@ -56,9 +56,9 @@ class AxialPositions:
         still = unrotated(table, count).expand(len(table), -1, -1)
         return replace(self, table=torch.cat((still, table), dim=1))
 
-    def merged(self, merge: Merge, size: Tensor) -> "AxialPositions":
+    def merged(self, merge: Merge, by_size: PoolIndex) -> "AxialPositions":
         """See `Positions.merged`."""
-        return replace(self, table=_mean(self.table, merge, size))
+        return replace(self, table=_mean(self.table, merge, by_size))
 
     def take(self, index: Tensor | slice) -> "AxialPositions":
         """See `Positions.take`."""
@@ -105,13 +105,13 @@ class MixedPositions:
         shares[:, count:, 1:] = self.shares
         return MixedPositions(table, shares, rows)
 
-    def merged(self, merge: Merge, size: Tensor) -> "MixedPositions":
+    def merged(self, merge: Merge, by_size: PoolIndex) -> "MixedPositions":
         """See `Positions.merged`."""
         shares = self.shares
         if shares is None:
             every = torch.arange(self.table.shape[2], device=self.rows.device)
             shares = (self.rows.unsqueeze(1) == every).to(torch.float32).unsqueeze(0)
-        return replace(self, shares=_mean(shares, merge, size))
+        return replace(self, shares=_mean(shares, merge, by_size))
 
     def take(self, index: Tensor | slice) -> "MixedPositions":
         """See `Positions.take`."""
@@ -145,10 +145,29 @@ def _table(rope: Any, grid: tuple[int, int], fixed: bool) -> Tensor:
     return rope.get_embed(shape=grid)
 
 
-def rotate(attn: Any, q: Tensor, k: Tensor, rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B,H,N,D) rotated by sines and cosines (1 or B, 1 or H, N, 2D), in `dtype`, as timm does."""
-    half = attn.rotate_half
-    return apply_rot_embed_cat(q, rope, half).to(dtype), apply_rot_embed_cat(k, rope, half).to(dtype)
+def rotate(x: Tensor, rope: Tensor, half: bool, dtype: torch.dtype) -> Tensor:
+    """Queries or keys (B,H,N,D) rotated by sines and cosines (1 or B, 1 or H, N, 2D), as a tensor of `dtype`.
+
+    timm's own function does the same; this one is faster on a CPU, for it keeps the order of memory (B,N,H,D) that
+    queries and keys come in, and computes every pair of channels once.
+
+    Args:
+        half: channel i is paired with i + D/2, as in DINOv3; else neighbours are pairs.
+    """
+    x, rope = x.transpose(1, 2), rope.transpose(1, 2)
+    width = x.shape[-1]
+    if half:
+        first, second = x[..., : width // 2], x[..., width // 2 :]
+        sine, cosine = rope[..., : width // 2], rope[..., width : width + width // 2]
+    else:
+        first, second = x[..., ::2], x[..., 1::2]
+        sine, cosine = rope[..., :width:2], rope[..., width::2]
+    turned = (
+        torch.addcmul(first * cosine, second.to(sine.dtype), sine, value=-1),
+        torch.addcmul(second * cosine, first.to(sine.dtype), sine),
+    )
+    y = torch.cat(turned, dim=-1) if half else torch.stack(turned, dim=-1).flatten(-2)
+    return y.to(dtype).transpose(1, 2)
 
 
 def unrotated(table: Tensor, count: int) -> Tensor:
@@ -157,7 +176,7 @@ def unrotated(table: Tensor, count: int) -> Tensor:
     return torch.cat((table.new_zeros(count, width), table.new_ones(count, width)), dim=-1)
 
 
-def _mean(x: Tensor, merge: Merge, size: Tensor) -> Tensor:
+def _mean(x: Tensor, merge: Merge, by_size: PoolIndex) -> Tensor:
     """Mean of every group by size, at least in fp32: (1 or B, N, K) -> (B,M,K)."""
-    x = x.to(torch.promote_types(x.dtype, size.dtype))
-    return merge_tokens(x.expand(len(size), -1, -1), merge, size)
+    x = x.to(torch.promote_types(x.dtype, by_size.share.dtype))
+    return pool_rows(x.expand(len(merge.keep), -1, -1), by_size)

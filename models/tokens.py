@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .merging import Merge, group_map, merge_sizes, merge_tokens
+from .merging import Merge, PoolIndex, build_pool_index, group_map, merge_sizes, pool_rows
 from .rope import Positions
 
 
@@ -42,10 +42,17 @@ class Tokens(NamedTuple):
         assert self.followed is not None, "the patches of these tokens were not followed: run with trace=True"
         return self.followed
 
-    def merged(self, x: Tensor, merge: Merge) -> "Tokens":
-        """The state after a merge, with the features (B,M,C) that it leaves. `follow` brings the groups up to date."""
-        carried = {name: merge_tokens(value, merge, self.size) for name, value in self.carried.items()}
-        positions = None if self.positions is None else self.positions.merged(merge, self.size)
+    def merged(self, x: Tensor, merge: Merge, by_size: PoolIndex | None = None) -> "Tokens":
+        """The state after a merge, with the features (B,M,C) that it leaves. `follow` brings the groups up to date.
+
+        Args:
+            by_size: the mean by size over the groups of this merge, where somebody has computed it already.
+        """
+        carried, positions = self.carried, self.positions
+        if carried or positions is not None:
+            by_size = build_pool_index(merge, self.size) if by_size is None else by_size
+            carried = {name: pool_rows(value, by_size) for name, value in carried.items()}
+            positions = None if positions is None else positions.merged(merge, by_size)
         size = merge_sizes(self.size, merge)
         return self._replace(x=x, size=size, carried=carried, sizes_differ=True, positions=positions)
 

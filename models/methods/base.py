@@ -185,7 +185,8 @@ class Method:
         merge = self.match(candidates)
         pool = None if weight is None else build_pool_index(merge, weight)
         x = max_tokens(tokens.x, merge) if pool is None else pool_rows(tokens.x, pool)
-        return Merged(tokens.merged(x, merge), merge, pool)
+        by_size = pool if self.pooling == "size" else None
+        return Merged(tokens.merged(x, merge, by_size), merge, pool)
 
     def attend_merged(self, attn: MergingAttention, attention: Tensor, v: Tensor, merged: Merged) -> Tensor:
         """The merged attention map times the values of merged tokens, without merging the map: (B,M,H*D).
