@@ -276,6 +276,7 @@ class Result:
             "num_registers": model.num_registers,
             "tokens": list(plan.counts),
             "gmacs": gmacs(model, plan),
+            "gmacs_inference": gmacs(model, plan, inference=True),
             "dense_gmacs": gmacs(model, 0),
             "loss": best.loss,
             "agree": self.divergence.agreement.get(best.r),
