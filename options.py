@@ -40,6 +40,7 @@ torchrun --nproc_per_node=8 main.py --model deit_small --r 16 --num_registers 4
 python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
 """
 LORA_TRAINS = "lora,registers,head"  # what --lora trains unless --train_only says more; registers if there are any
+RECOVERED_PLAINLY = ("three_augment", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount")
 WARMUP_EPOCHS = 5  # DeiT's, for its 300 epochs
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
 
@@ -777,6 +778,9 @@ def _check_recovery(args: Namespace) -> None:
     for flag in ("distillation_type", "distillation_alpha", "teacher_model", "teacher_path"):
         if flag in args.given:
             raise UserError(f"--recover distils softly from the model's own unmerged weights; leave --{flag} out")
+    for flag in RECOVERED_PLAINLY:
+        if flag in args.given:
+            raise UserError(f"--{flag} has no effect with --recover, whose images are shifted and flipped alone")
 
 
 def _check_distillation(args: Namespace) -> None:
