@@ -169,8 +169,11 @@ class OnnxModel:
         return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
 
 
-def load_onnx(file: Path) -> OnnxModel:
+def load_onnx(file: Path, threads: int = 0) -> OnnxModel:
     """Read an ONNX file of `export_onnx`.
+
+    Args:
+        threads: that share an operator; 0: onnxruntime's choice.
 
     Raises:
         UserError: onnxruntime is not installed, or the file is not one of ours.
@@ -179,7 +182,9 @@ def load_onnx(file: Path) -> OnnxModel:
     import onnxruntime  # only where it is asked for: half a second
 
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         shape = {node.name: node.shape for node in session.get_inputs()}["images"]
         stored = session.get_modelmeta().custom_metadata_map
         metadata = {key: json.loads(stored[key]) for key in _METADATA if key in stored}

@@ -148,8 +148,11 @@ def describe_openvino(folder: Path, metadata: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(metadata)))
 
 
-def load_openvino(folder: Path) -> OpenVinoModel:
+def load_openvino(folder: Path, threads: int = 0) -> OpenVinoModel:
     """Read what `save_openvino` wrote.
+
+    Args:
+        threads: 0: OpenVINO's choice.
 
     Raises:
         UserError: openvino is not installed, or the folder is not one of ours.
@@ -158,7 +161,8 @@ def load_openvino(folder: Path) -> OpenVinoModel:
     try:
         metadata = json.loads((folder / METADATA).read_text())
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+        compiled = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", settings)
         length = compiled.input("images").partial_shape[0]
     except Exception as error:  # openvino's error classes are not public
         reason = " ".join(str(error).split())
