@@ -236,7 +236,7 @@ def build_calls(models: Sequence[Variant], setting: BenchmarkSetting, args: Name
     device, dtype = torch.device(setting.device), DTYPES[setting.dtype]
     images = torch.randn(setting.batch_size, 3, setting.img_size, setting.img_size, device=device)
     loader, length = build_loader(args, setting) if setting.phase == "end_to_end" else (None, 0)
-    calls = {}
+    calls: dict[Key, TimedCall] = {}
     runtimes = [mode for mode in args.modes if mode in RUNTIMES]
     for variant in models if runtimes else ():
         if not variant.name.startswith("ideal of"):  # slices stand for nothing that a user could export
@@ -262,7 +262,8 @@ def runtime_calls(variant: Variant, runtimes: Sequence[str], images: Tensor) -> 
     model = variant.module
     if not isinstance(model, MergingViT):
         model = apply_merging(model, MergeConfig(method="none")).eval()  # type: ignore[arg-type]
-    calls, threads = {}, torch.get_num_threads()
+    calls: dict[str, Callable[[Tensor], Tensor]] = {}
+    threads = torch.get_num_threads()
     log(f"exporting {variant.name}")
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         file = Path(folder) / "model.onnx"
