@@ -29,6 +29,7 @@ TOP_LEVEL = (
     "runfolder",
     "resume",
     "sharding",
+    "memory",
     "utils",
 )
 PROGRAM = {*TOP_LEVEL, "run", "tests", "hubconf"}
