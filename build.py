@@ -12,21 +12,24 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from budget import check_fits
+from calibration import Result, apply_budget
 from checkpoint import load_checkpoint, load_resume
 from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, with_own_preprocessing
 from distributed import Distributed, broadcast_object
 from engine import Precision, build_precision
 from losses import check_merging
 from memory import check_memory
-from models import MergingViT, UserError, create_model
+from models import MergeConfig, MergingViT, UserError, create_model
 from models.adapters import TARGETS, LoraSettings, add_lora
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
+from models.methods import all_knobs
 from models.parameters import freeze
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
 from models.weights import HEADS, extract_state_dict, load_weights, unwrap_state_dict
-from options import merge_config
+from options import has_budget, merge_config
 from sources import differing_classes, readable_names
 from utils import log, seed_all, to_jsonable, without_credentials
 
@@ -72,6 +75,31 @@ class Weights:
     def merge(self) -> dict[str, Any] | None:
         """The merging stored with a checkpoint of ours."""
         return self.state["merge"] if self.stored is not None and self.state is not None else None
+
+    def merging(self, args: Namespace) -> MergeConfig:
+        """Return the merging that the command line asks for, or the checkpoint's where it asks for nothing.
+
+        A schedule that --resume finds searched for the same budget is not searched again.
+
+        Raises:
+            UserError: a training is to go on with another budget than the checkpoint's.
+        """
+        config = merge_config(args, self.merge)
+        if not has_budget(args) or self.resumed is None:
+            return config
+        stored = self.stored or {}
+        same = all(stored.get(flag) == getattr(args, flag) for flag in ("gmacs", "speedup"))
+        found = MergeConfig.from_dict(self.merge) if self.merge else config
+        if same and found.with_r(0) == config:
+            log(f"the schedule is that of {self.path}, which was searched for this budget")
+            return found
+        if not args.eval:
+            flag = "gmacs" if args.gmacs else "speedup"
+            raise UserError(
+                f"{self.path} was not trained with this --{flag} and method; leave --{flag} out to go on as it was, or "
+                f"start anew with --finetune {self.path}"
+            )
+        return config
 
     def tensors(self) -> dict[str, Tensor] | None:
         """Return the weights under timm's names; None: published or random ones."""
@@ -225,7 +253,7 @@ def _new_model(
         model = create_model(
             weights.name,
             num_registers=registers,
-            merge=merge_config(args, weights.merge),
+            merge=weights.merging(args),
             num_classes=num_classes,
             img_size=config.input_size,
             pretrained=weights.pretrained and not hollow,
@@ -235,6 +263,8 @@ def _new_model(
         )
     for message in caught if not hollow else ():
         log(f"warning: {message.message}")
+    if args.schedule is not None:
+        check_fits(args.schedule, args.schedule["path"], model)
     _check_merges(model, args)
     return model
 
@@ -348,6 +378,19 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device | str)
     return teacher.to(device).eval().requires_grad_(False)
 
 
+def build_own_teacher(args: Namespace, data: Data, device: torch.device | str) -> nn.Module:
+    """Build the unmerged model of --recover, frozen: the weights that a run starts from, without what it adds.
+
+    A resumed run loads them anew from where the run began.
+    """
+    plain = {**vars(args), "resume": None, "num_registers": None, "r": None, "merge": "none", "schedule": None}
+    plain |= {"gmacs": None, "speedup": None, "activate_layer": None, "eval": True, "lora": None, "drop": 0.0}
+    plain |= dict.fromkeys(all_knobs())
+    dense = Namespace(**plain)
+    teacher = build_model(dense, Weights(dense, args.model), data.num_classes, data.config).model
+    return teacher.to(device).eval().requires_grad_(False)
+
+
 def _teacher_from_file(name: str, path: str, num_classes: int, img_size: int | None) -> nn.Module:
     """Load a model of ours by our loading, any other by timm's, which knows the older names of each family."""
     weights = unwrap_state_dict(load_checkpoint(path), ema=True, source=path)
@@ -394,13 +437,19 @@ def _published_teacher(name: str, num_classes: int) -> nn.Module:
 
 
 class Prepared(NamedTuple):
-    """What training and evaluation share; `fresh` names the parameters that no weights were found for."""
+    """What training and evaluation share.
+
+    Attributes:
+        fresh: the parameters that no weights were found for.
+        searched: what the search of the model's schedule found; None: it was given, or none.
+    """
 
     data: Data
     weights: Weights
     model: MergingViT
     fresh: tuple[str, ...]
     precision: Precision
+    searched: Result | None
 
 
 def prepare(args: Namespace, dist: Distributed) -> Prepared:
@@ -424,16 +473,26 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     if args.fsdp:
         model, fresh = build_hollow_model(args, weights, data.num_classes, data.config, dist)
     else:
-        model, fresh = build_model(args, weights, data.num_classes, data.config)
+        model, fresh = build_model(args, weights, data.num_classes or None, data.config)
+    if not data.num_classes:  # unlabelled images
+        data = _with_classes_of(model, data, weights)
+    if args.recover:
+        _check_recoverable(model, fresh)
     if weights.goes_on:
         weights.check_same_model(model)
+    model = model if args.fsdp else model.to(dist.device)
+    searched = None
+    if has_budget(args) and not any(model.plan().merges):
+        searched = apply_budget(args, dist, data, model, weights.name, fresh, precision)
     describe(model, weights, data)
-    return Prepared(data, weights, model if args.fsdp else model.to(dist.device), fresh, precision)
+    return Prepared(data, weights, model, fresh, precision, searched)
 
 
 def _check_weights(args: Namespace, weights: Weights) -> None:
     """Refuse, before the data set is opened, flags that mean nothing for what the weights and --r make of the model."""
-    check_merging(merge_config(args, weights.merge), bool(args.full_weight), args.r_warmup_epochs)
+    merge = weights.merging(args)
+    if not has_budget(args) or merge.r != 0:  # a schedule that is still to be searched will merge
+        check_merging(merge, bool(args.full_weight), args.r_warmup_epochs)
     tensors = weights.tensors()
     known = tensors is not None or args.num_registers is not None or weights.name in NAMES
     registers = args.num_registers if args.num_registers is not None else "reg_token" in (tensors or ())
@@ -455,7 +514,7 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
         UserError: the data has classes that the checkpoint does not know, or a resumed training has other ones.
     """
     stored = tuple((weights.data or {}).get("class_names") or ())
-    if not stored or stored == data.class_names or not (args.eval or weights.resumed):
+    if not data.class_names or not stored or stored == data.class_names or not (args.eval or weights.resumed):
         return data
     if args.eval and set(data.class_names) <= set(stored):
         return with_classes(data, stored)
@@ -463,6 +522,21 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
         f"the classes of {weights.path} are not those of the data: {differing_classes(stored, data.class_names)}; "
         "give the data that it was trained on, or finetune it for these classes with --finetune"
     )
+
+
+def _with_classes_of(model: MergingViT, data: Data, weights: Weights) -> Data:
+    """Give unlabelled images the classes of the weights."""
+    names = tuple((weights.data or {}).get("class_names") or ()) or assumed_classes(model.num_classes) or ()
+    labels = readable_names(names)
+    return replace(data, num_classes=model.num_classes, class_names=names, class_labels=labels)
+
+
+def _check_recoverable(model: MergingViT, fresh: tuple[str, ...]) -> None:
+    """Refuse a recovery of a model that has nothing to recover, or nothing to recover to."""
+    if any(parameter.split(".")[0] in HEADS for parameter in fresh):
+        raise UserError("--recover keeps the classes of the weights, and these have a fresh head; finetune it first")
+    if model.merge.method == "none":
+        raise UserError("--recover has no effect without merging; give --r or --gmacs")
 
 
 def describe(model: MergingViT, weights: Weights, data: Data) -> None:

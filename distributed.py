@@ -222,6 +222,11 @@ def distributed_errors(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise RunError(
+                f"{what} failed: another program uses that port; choose a free one (MASTER_PORT, or torchrun's "
+                "--master_port), or give torchrun --standalone"
+            ) from error
         raise lost_contact(what, error) from error
 
 

@@ -21,6 +21,9 @@ from models.registry import (
     deit_small_distilled,
     deit_tiny,
     deit_tiny_distilled,
+    dinov3_base,
+    dinov3_large,
+    dinov3_small,
 )
 
 dependencies = ["torch", "timm"]
@@ -39,5 +42,8 @@ __all__ = [
     "deit_tiny",
     "deit_tiny_distilled",
     "dependencies",
+    "dinov3_base",
+    "dinov3_large",
+    "dinov3_small",
     "load_folder",
 ]

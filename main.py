@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from build import data_record, device_name, prepare
+from calibration import write_result
 from datasets import bad_image_limit, build_eval_loader
 from distributed import Distributed, barrier, init_distributed
 from engine import Precision, RunControl, Scores, UnreadableImages, evaluate, throughput
@@ -57,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
 def run_eval(args: Namespace, dist: Distributed) -> int:
     """Evaluate every schedule of --r_evals in one pass over the data, and write result.json."""
     folder = setup_output(args.output_dir, dist.is_main)
-    data, weights, model, _, precision = prepare(args, dist)
+    data, weights, model, _, precision, searched = prepare(args, dist)
     schedules = [parse_schedule(r) for r in args.r_evals or [model.merge.r]]
     plans = [model.plan(r) for r in schedules]  # a schedule that does not fit is told before the pass over the data
     forward: nn.Module = compile_model(model) if args.compile else model
@@ -87,6 +88,8 @@ def run_eval(args: Namespace, dist: Distributed) -> int:
     if folder is not None and dist.is_main:  # args.json is the record of the training run that may lie there
         write_json(folder / "result.json", result)
         log(f"wrote {folder / 'result.json'}")
+        if searched is not None:
+            write_result(searched, folder)
     barrier()
     return 0
 

@@ -20,6 +20,7 @@ import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
 import interrupts
+from budget import is_schedule_file, read_schedule
 from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
@@ -29,7 +30,7 @@ from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import PARTS, parse_train_only
 from models.registry import NAMES
 from models.schedule import format_schedule, parse_schedule
-from sources import DATASET_ALIASES, DATASETS, RECIPES
+from sources import DATASET_ALIASES, DATASETS, RECIPES, RECOVERY
 from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest, without_credentials
 
 DESCRIPTION = """\
@@ -47,12 +48,18 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's
 NO_FLAGS = {
     "--world_size": "the launcher sets the number of processes: torchrun --nproc_per_node=N, or srun",
     "--dist_url": "the launcher sets the meeting point: torchrun --rdzv_endpoint, or MASTER_ADDR and MASTER_PORT",
+    "--distributed": "a run with several processes is one that a launcher starts: torchrun --nproc_per_node=N, or srun",
     "--start_epoch": "a resumed run goes on where its checkpoint stands; leave it out, or use --finetune to start anew",
     "--train_mode": "the model trains in training mode; leave it out",
     "--no_train_mode": "the model trains in training mode; for a frozen backbone give --train_only head",
     "--attn_only": "to train a part of the model give --train_only or --lora",
     "--inat_category": "iNaturalist's levels are named by the data set; see --dataset in --help",
     "--cosub": "DeiT-III's co-training of submodels is not built; leave it out",
+    "--resplit": "it belongs to timm's AugMix splits, which are not built; leave it out",
+    **{
+        f"--lr_noise{part}": "the rate follows from the update alone, so that a run resumes to the bit; leave it out"
+        for part in ("", "_pct", "_std")
+    },
     "--unscale_min_lr": "min_lr is never scaled; give --min_lr",
     "--no_model_ema_force_cpu": "the average lies on the model's device; leave it out",
     "--model_ema_force_cpu": "the average lies on the model's device; leave it out",
@@ -189,6 +196,15 @@ def block_list(text: str) -> tuple[int, ...]:
     return blocks
 
 
+def gmacs_budget(text: str) -> str:
+    """Check a number of GMACs, 0.70, or per cent of the dense model's, 55%."""
+    text = text.strip()
+    positive_float(text.removesuffix("%"))
+    if text.endswith("%") and float(text[:-1]) >= 100:
+        raise ArgumentTypeError(f"must be below 100%, the dense model, not {text}")
+    return text
+
+
 def trainable_parts(text: str) -> str:
     """Check the parts of the model that --train_only names."""
     try:
@@ -279,7 +295,8 @@ def _merging_flags(parser: Parser) -> None:
     """Add the schedule, and a flag for every setting of every method in `models/methods`."""
     group = parser.add_argument_group("merging (settings default to the method's published values)")
     group.add_argument("--merge", choices=tuple(METHODS), help="default: tome if --r or --r_evals is given")
-    group.add_argument("--r", metavar="R", help="tokens per block: 16, ratio 0.35, list 16,0,8 or '(16,-1)'")
+    text = "tokens per block: 16, ratio 0.35, list 16,0,8, '(16,-1)', or the json file of a searched schedule"
+    group.add_argument("--r", metavar="R", help=text)
     group.add_argument("--activate_layer", type=block_list, metavar="1,2,11", help="blocks that merge")
     for name, knob in all_knobs().items():
         users = methods_with(name)
@@ -294,6 +311,17 @@ def _merging_flags(parser: Parser) -> None:
             low = -math.inf if knob.low is None else knob.low
             high = min(high, 10**9) if knob.kind is int else high
             group.add_argument(f"--{name}", type=Number(knob.kind, low, high), help=text)
+
+
+def _budget_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("a schedule for a budget, searched on unlabelled images (in place of --r)")
+    text = "multiply-adds per image in 1e9, or per cent of the dense model's: 0.70, 55%%"
+    group.add_argument("--gmacs", type=gmacs_budget, metavar="G", help=text)
+    text = "times faster than timm's dense model at --batch_size on this machine: 1.8"
+    group.add_argument("--speedup", type=positive_float, metavar="X", help=text)
+    text = "folder or tree of images to search on (default: the training split, else the evaluated images)"
+    group.add_argument("--calibration_path", type=nonempty, metavar="DIR", help=text)
+    group.add_argument("--calibration_images", type=positive_int, metavar="N", help="of them, at random (default: 256)")
 
 
 def _augmentation_flags(parser: Parser) -> None:
@@ -322,6 +350,8 @@ def _augmentation_flags(parser: Parser) -> None:
 
 def _objective_flags(parser: Parser) -> None:
     group = parser.add_argument_group("objective")
+    text = "bring the merged model back to its own unmerged weights, as the teacher: no labels, few updates"
+    add_boolean(group, "recover", False, text)
     group.add_argument("--distillation_type", default="none", choices=("none", "soft", "hard"))
     group.add_argument("--teacher_model", default="regnety_160.deit_in1k", metavar="NAME", help="any timm model")
     group.add_argument("--teacher_path", type=nonempty, metavar="FILE|URL")
@@ -427,6 +457,7 @@ FLAG_GROUPS: dict[str, Callable[[Parser], None]] = {
     "data": _data_flags,
     "model": _model_flags,
     "merging": _merging_flags,
+    "budget": _budget_flags,
     "augmentation": _augmentation_flags,
     "objective": _objective_flags,
     "optimisation": _optimizer_flags,
@@ -472,10 +503,11 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         log("as named flags: main.py " + " ".join(named))
     parser = build_parser()
     defaults, given = parser.defaults(), _given(parser, named)
-    recipe = RECIPES.get(given.get("dataset", defaults["dataset"]), {})
+    recipe = RECIPES.get(given.get("dataset", defaults["dataset"]), {}) | (RECOVERY if given.get("recover") else {})
     args = Namespace(**(defaults | recipe | given), given=sorted(given))
     if args.eval:
         _check_idle(parser.given(named))
+    read_schedule_flag(args)
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
     if args.lora and "train_only" not in given:
@@ -568,6 +600,35 @@ def _config_tokens(name: str, value: Any, several: bool) -> list[str]:
     return [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
+def read_schedule_flag(args: Namespace) -> None:
+    """Put the schedule of a file that --r names into --r, and its method and settings where no flag says otherwise.
+
+    `args.schedule` keeps what the file says of the model that it was made for; None: --r is no file.
+
+    Raises:
+        UserError: it is no schedule file, or one of another method than --merge.
+    """
+    args.schedule = None
+    if args.r is None or not is_schedule_file(args.r):
+        return
+    path, record = args.r, read_schedule(args.r)
+    merge = record["merge"]
+    if args.merge not in (None, merge["method"]):
+        raise UserError(f"--r {path} was searched for {merge['method']}, not for --merge {args.merge}; leave one out")
+    args.merge, args.r = merge["method"], format_schedule(parse_schedule(record["r"]))
+    if args.activate_layer is None and merge["activate_layers"] is not None:
+        args.activate_layer = tuple(merge["activate_layers"])
+    for name in METHODS[args.merge].knobs():
+        if getattr(args, name) is None:
+            setattr(args, name, merge[name])
+    args.schedule = {"path": path, **{key: record[key] for key in ("depth", "patches", "model")}}
+
+
+def has_budget(args: Namespace) -> bool:
+    """True where a schedule is to be searched."""
+    return args.gmacs is not None or args.speedup is not None
+
+
 def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> MergeConfig:
     """Return the merging that the command line asks for, or a checkpoint's where it asks for nothing.
 
@@ -578,12 +639,12 @@ def merge_config(args: Namespace, stored: dict[str, Any] | None = None) -> Merge
     if args.activate_layer is not None:
         settings["activate_layers"] = args.activate_layer
     asks = args.merge is not None or args.r is not None or bool(settings)
-    if stored is not None and not asks and not (stored["method"] == "none" and args.r_evals):
+    if stored is not None and not asks and not has_budget(args) and not (stored["method"] == "none" and args.r_evals):
         return MergeConfig.from_dict(stored)
     evaluated = [r for r in args.r_evals or () if parse_schedule(r) != 0]
-    method = args.merge or ("tome" if args.r is not None or evaluated else "none")
-    if method != "none" and args.r is None and not args.r_evals:
-        raise UserError(f"--merge {method} merges nothing without an amount; give --r, for instance --r 16")
+    method = args.merge or ("tome" if args.r is not None or evaluated or has_budget(args) else "none")
+    if method != "none" and args.r is None and not args.r_evals and not has_budget(args):
+        raise UserError(f"--merge {method} merges nothing without an amount; give --r 16 or --gmacs 60%, for example")
     r = args.r if args.r is not None else evaluated[0] if evaluated and method != "none" else 0
     return MergeConfig(method=method, r=r, **settings)
 
@@ -605,6 +666,7 @@ def check_rules(args: Namespace) -> None:
     if args.val_path and not (args.data_path and DATASETS[args.dataset].lists):
         lists = ", ".join(name for name, info in DATASETS.items() if info.lists)
         raise UserError(f"--val_path goes with --data_path and a data set that reads lists ({lists}); leave it out")
+    _check_budget(args)
     merge_config(args)  # settings that the method does not have, an r in none of its forms, a method without r
     if args.eval_crop_ratio == 0:
         raise UserError(f"--eval_crop_ratio must lie in (0, 1], it is {args.eval_crop_ratio}")
@@ -627,14 +689,34 @@ def check_rules(args: Namespace) -> None:
         raise UserError("--resume auto looks into --output_dir, which is not given; add it")
     if args.opt_betas and args.opt.startswith(("adam", "lamb", "nadam", "radam")) and len(args.opt_betas) != 2:
         raise UserError(f"--opt_betas needs two numbers for {args.opt}, not {len(args.opt_betas)}")
+    if args.eval and args.dataset == "IMAGES":
+        raise UserError("--dataset IMAGES has no labels to score; evaluate on a data set with classes")
     if not args.eval:
         _check_evaluation_flags(args)
         _check_augmentation(args)
         _check_objective(args)
+        _check_recovery(args)
         _check_distillation(args)
         _check_optimizer_names(args)
         _check_trained_parts(args)
         _check_fsdp(args)
+
+
+def _check_budget(args: Namespace) -> None:
+    """Refuse two ways to say how much to merge, and flags of a search without one."""
+    budgets = [flag for flag in ("gmacs", "speedup") if getattr(args, flag) is not None]
+    others = [flag for flag in ("r", "r_evals") if getattr(args, flag) is not None]
+    if args.speedup is not None and args.speedup <= 1:
+        raise UserError(f"--speedup {args.speedup:g} is no speed-up; give more than 1, which is timm's dense model")
+    if len(budgets) == 2:
+        raise UserError("--gmacs and --speedup are two budgets; give one of them")
+    if budgets and others:
+        raise UserError(f"--{budgets[0]} searches a schedule, which --{others[0]} gives; leave one of them out")
+    if budgets and args.merge == "none":
+        raise UserError(f"--{budgets[0]} needs a method that merges; leave --merge none out")
+    for flag in () if budgets else ("calibration_path", "calibration_images"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is for the search of a schedule; add --gmacs or --speedup, or leave it out")
 
 
 def _check_r_evals(args: Namespace) -> None:
@@ -681,6 +763,17 @@ def _check_objective(args: Namespace) -> None:
         )
     if not args.full_r_max > 0 or (args.full_r_max >= 1 and args.full_r_max != int(args.full_r_max)):
         raise UserError(f"--full_r_max must be an integer >= 1 or a ratio between 0 and 1, not {args.full_r_max}")
+
+
+def _check_recovery(args: Namespace) -> None:
+    """Refuse what does not go with a teacher that is the unmerged model itself, and unlabelled images without it."""
+    if not args.recover:
+        if args.dataset == "IMAGES":
+            raise UserError("--dataset IMAGES has no labels to learn from or to score; it goes with --recover")
+        return
+    for flag in ("distillation_type", "distillation_alpha", "teacher_model", "teacher_path"):
+        if flag in args.given:
+            raise UserError(f"--recover distils softly from the model's own unmerged weights; leave --{flag} out")
 
 
 def _check_distillation(args: Namespace) -> None:
@@ -737,6 +830,8 @@ def _check_fsdp(args: Namespace) -> None:
         ("sam_rho", args.sam_rho, "leave one of both out"),
         ("compile", args.compile, "leave one of both out"),
         ("amp fp16", args.amp == "fp16", "give --amp bf16"),
+        ("gmacs", args.gmacs, "search first, with run/search.py, and give --r FILE"),
+        ("speedup", args.speedup, "search first, with run/search.py, and give --r FILE"),
         ("log_images", args.log_images, "draw them from a checkpoint with run/visualize.py"),
     ):
         if given:

@@ -39,7 +39,9 @@ class Slicing(Method):
         """The first M tokens."""
         tokens = candidates.tokens
         left = tokens.x.shape[1] - candidates.plan.r
-        return Merged(tokens._replace(x=tokens.x[:, :left], size=tokens.size[:, :left], carried={}), None, None)
+        positions = None if tokens.positions is None else tokens.positions.take(slice(left))
+        kept = tokens._replace(x=tokens.x[:, :left], size=tokens.size[:, :left], carried={}, positions=positions)
+        return Merged(kept, None, None)
 
     def attend_merged(self, attn: MergingAttention, attention: Tensor, v: Tensor, merged: Merged) -> Tensor:
         """The first M rows and columns of the map times the values (B,M,H*D)."""
@@ -57,9 +59,10 @@ class IdealViT(MergingViT):
         rule: Method | None = None,
         enter: Callable[[int, Tokens], Tokens] | None = None,
         masking: dict[str, Any] | None = None,
+        start: int = 0,
     ) -> Iterator[Layer]:
         """The loop of the merging model, with `Slicing` at the place of its method."""
-        return super().layers(tokens, plan, Slicing(rule or self.merge.rule), enter, masking)
+        return super().layers(tokens, plan, Slicing(rule or self.merge.rule), enter, masking, start)
 
 
 def ideal_model(model: MergingViT) -> IdealViT:

@@ -143,8 +143,8 @@ def token_scores(layer: Layer) -> dict[str, Tensor]:
     Where a method merges what leaves the block, its values are those of the tokens there.
     """
     tokens, block = layer.before, layer.block
-    readout = Readout(with_score=True)
-    y = block.attn(block.norm1(tokens.x), attn_mask=layer.bias, readout=readout)
+    readout = Readout(with_score=True, queries=layer.rule.score_queries(layer.num_prefix_tokens))
+    y = block.attn(block.norm1(tokens.x), **layer.attention_inputs, readout=readout)
     place = layer.rule.place()
     if place is not ONE_STEP_AHEAD and place is not ATTEND_AGAIN:
         tokens = tokens._replace(x=attention_residual(block, tokens.x, y))

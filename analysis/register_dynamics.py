@@ -66,13 +66,14 @@ def match_rule(rule: str, metric: Tensor, r: int, prefix: int) -> Merge:
     return match_scores(scores, r, 0)
 
 
-def arrange(rule: str, x: Tensor, registers: int) -> tuple[Tensor, Tensor]:
-    """Tokens [class, registers, patches] in a rule's order, and the places (R,) of the registers in it."""
-    places = torch.arange(1, 1 + registers, device=x.device)
+def arrange(rule: str, tokens: int, registers: int) -> tuple[Tensor | slice, Tensor]:
+    """The order of the tokens [class, registers, patches] by a rule, and the places (R,) of the registers in it."""
+    places = torch.arange(1, 1 + registers)
     if rule != "published":
-        return x, places
-    ordered = torch.cat((x[:, :1], x[:, 1 + registers :], x[:, 1 : 1 + registers]), dim=1)
-    return ordered, places + (x.shape[1] - 1 - registers)
+        return slice(None), places
+    every = torch.arange(tokens)
+    order = torch.cat((every[:1], every[1 + registers :], every[1 : 1 + registers]))
+    return order, places + (tokens - 1 - registers)
 
 
 @torch.no_grad()
@@ -123,9 +124,11 @@ class _Entrance:
         if layer:
             return tokens
         tokens = self.model.enter(0, tokens)
-        x, self.positions = arrange(self.rule, tokens.x, self.model.num_registers)
+        order, places = arrange(self.rule, tokens.x.shape[1], self.model.num_registers)
+        x, self.positions = tokens.x[:, order], places.to(tokens.x.device)
         everything = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        return tokens._replace(x=x, num_prefix_tokens=0, followed=everything)
+        positions = None if tokens.positions is None else tokens.positions.take(order)
+        return tokens._replace(x=x, num_prefix_tokens=0, followed=everything, positions=positions)
 
 
 def standing_alone(group: Tensor, positions: Tensor, tokens: int) -> Tensor:
@@ -181,7 +184,9 @@ def simulate(
 ) -> list[float]:
     """Mean number of registers that stand alone after every block, with keys that are drawn once and merged by size."""
     keys = keys or Simulation()
-    x, positions = arrange(rule, keys.draw(registers, torch.Generator().manual_seed(seed)), registers)
+    drawn = keys.draw(registers, torch.Generator().manual_seed(seed))
+    order, positions = arrange(rule, drawn.shape[1], registers)
+    x = drawn[:, order]
     size, alone = torch.ones(x.shape[:2]), []
     group = torch.arange(x.shape[1]).expand(len(x), -1)
     for r in merges:

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import GluMlp, Mlp
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from models.blocks import attend
+from models.blocks import attention_residual
 from models.errors import UserError
 from models.vit import MergingViT, apply_merging
 
@@ -96,8 +96,10 @@ def check_neurons(model: MergingViT, by_block: dict[int, list[int]]) -> None:
 
 def hidden_width(mlp: Any) -> int:
     """The number F of hidden units of one of timm's MLPs."""
-    if type(mlp) not in (Mlp, GluMlp):
-        raise UserError(f"the MLP {type(mlp).__name__} is not known; test-time registers need timm's Mlp or GluMlp")
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        raise UserError(
+            f"the MLP {type(mlp).__name__} is not known; test-time registers need timm's Mlp, GluMlp or SwiGLU"
+        )
     width: int = mlp.fc2.in_features
     return width
 
@@ -106,10 +108,12 @@ def hidden_activations(layer: Layer) -> Tensor:
     """Hidden activations (B,N,F) of a block that merges nothing, after the non-linearity."""
     block: Any = layer.block
     hidden_width(block.mlp)
-    y, _, _ = attend(block.attn, block.norm1(layer.before.x), layer.bias)
-    mlp, x = block.mlp, block.norm2(layer.before.x + block.ls1(y))
+    y = block.attn(block.norm1(layer.before.x), **layer.attention_inputs)
+    mlp, x = block.mlp, block.norm2(attention_residual(block, layer.before.x, y))
     if isinstance(mlp, Mlp):
         return mlp.act(mlp.fc1(x))
+    if isinstance(mlp, SwiGLU):
+        return mlp.act(mlp.fc1_g(x)) * mlp.fc1_x(x)
     first, second = mlp.fc1(x).chunk(2, dim=-1)
     return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
 

@@ -25,6 +25,7 @@ class Annotated:
     name: str
     file: Path
     boxes: np.ndarray | None  # None: a folder of images without annotations
+    classes: tuple[str, ...] = ()  # of the objects, in the order of the boxes
 
     def read(self) -> Image.Image | None:
         """Decode the image; None if it is unreadable."""
@@ -56,7 +57,7 @@ def open_voc(root: Path, year: int | None, split: str, no_hard: bool) -> list[An
         UserError: no such tree, or a damaged annotation.
     """
     entries = _entries(root, year, split)
-    images = [Annotated(file.stem, file, read_boxes(annotation, no_hard)) for file, annotation in entries]
+    images = [Annotated(file.stem, file, *read_objects(annotation, no_hard)) for file, annotation in entries]
     kept = [image for image in images if image.boxes is not None and len(image.boxes)]
     if not kept:
         raise UserError(f"no image with an object in {root}; expected {TREES}")
@@ -108,14 +109,16 @@ def _paired(images: Path, annotations: Path) -> Iterator[tuple[Path, Path]]:
             yield file, annotation
 
 
-def read_boxes(file: Path, no_hard: bool) -> np.ndarray:
-    """Boxes of a VOC annotation: its pixels count from 1 and include the last, so x1 and y1 lose one."""
+def read_objects(file: Path, no_hard: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Boxes (n,4) and classes of a VOC annotation: its pixels count from 1 and include the last: x1, y1 lose one."""
     try:
         objects = ET.parse(file).getroot().findall("object")
-        boxes = [_corners(annotated) for annotated in objects if not (no_hard and _is_hard(annotated))]
+        objects = [annotated for annotated in objects if not (no_hard and _is_hard(annotated))]
+        boxes = [_corners(annotated) for annotated in objects]
     except (OSError, ET.ParseError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the annotation {file}: {error}; fetch it again or remove its image") from error
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    classes = tuple((annotated.findtext("name") or "object").strip() for annotated in objects)
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4), classes
 
 
 def _corners(annotated: ET.Element) -> list[float]:

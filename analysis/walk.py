@@ -16,7 +16,7 @@ from timm.layers import Format
 from torch import Tensor
 
 from models import MergingViT, UserError
-from models.blocks import attention_map, project_qkv
+from models.blocks import attention_map, project_qk, project_qkv
 from models.vit import Layer
 
 MAP_BYTES = 2**28  # of one block's attention maps: more images than that are run in parts
@@ -41,7 +41,7 @@ def final(model: MergingViT, layer: Layer) -> Tensor:
 
 
 def qkv(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value (B,H,N,D) of the block's incoming tokens: before scaling, with bias and any q/k norm."""
+    """Query, key and value (B,H,N,D) of the block's incoming tokens: with bias and norm, before scale and rotation."""
     with torch.no_grad():
         return project_qkv(layer.block.attn, layer.block.norm1(layer.before.x))
 
@@ -52,9 +52,10 @@ def attention(layer: Layer) -> Tensor:
     This is the map the block attends with (method mctf: the one it merges by; with one_step_ahead="precise" it then
     attends again, over merged tokens). Rows sum to 1. A column is the mass on a token, so on all patches in it.
     """
-    q, k, _ = qkv(layer)
+    attn, inputs = layer.block.attn, layer.attention_inputs
     with torch.no_grad():
-        return attention_map(layer.block.attn, q, k, layer.bias)
+        q, k = project_qk(attn, layer.block.norm1(layer.before.x), inputs.get("rope"))
+        return attention_map(attn, q, k, inputs["attn_mask"])
 
 
 def patch_grid(model: MergingViT, images: Tensor) -> tuple[int, int]:

@@ -5,12 +5,14 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from .errors import UserError
 from .schedule import is_int
 
 VIT_KEYWORDS = tuple(name for name in inspect.signature(VisionTransformer.__init__).parameters if name != "self")
+EVA_KEYWORDS = tuple(name for name in inspect.signature(Eva.__init__).parameters if name != "self")
 # timm's -> those of MergingViT
 _RENAMED = {
     "img_size": "image_size",
@@ -23,6 +25,27 @@ _CONSTRUCTOR = (*_RENAMED.values(), "patch_size", "num_classes", "depth", "r", "
 _CONSTRUCTOR += ("register_layer", "class_layer")
 
 
+_WINDOWS = "attention in windows needs a regular grid, and merging takes that away"
+_NORMED_SUMS = "a block that norms what it adds to the tokens needs a place to merge of its own"
+# What modules of timm would need in order to be served, by a part of their names
+_UNSERVED = {
+    "postnorm": _NORMED_SUMS,
+    "respost": _NORMED_SUMS,
+    "parallel": "attention and MLP add to the same tokens, so that there is no place between them to merge",
+    "naflex": "images of all sizes share a sequence and a mask, which a merge would have to know",
+    "swin": _WINDOWS,
+    "sam": _WINDOWS,
+    "hiera": _WINDOWS,
+    "maxxvit": _WINDOWS,
+    "beit": "a table of relative positions is added to the attention map, and merging would have to average it",
+}
+
+
+def unserved(name: str) -> str:
+    """What a module of timm would need in order to be served, in brackets; nothing where that is not known."""
+    return next((f" ({need})" for part, need in _UNSERVED.items() if part in name.lower()), "")
+
+
 def check_constructor_keywords(vit: dict[str, Any]) -> None:
     """Raise a UserError for a keyword that MergingViT passes on and timm's VisionTransformer does not have."""
     for name in vit:
@@ -31,12 +54,16 @@ def check_constructor_keywords(vit: dict[str, Any]) -> None:
         check_keyword("MergingViT", name, [*_CONSTRUCTOR, *(known for known in VIT_KEYWORDS if known not in _RENAMED)])
 
 
-def check_keyword(of: str, name: str, known: Sequence[str]) -> None:
-    """Raise a UserError, with the nearest known ones, for a keyword that nobody knows."""
+def check_keyword(of: str, name: str, known: Sequence[str], base: str = "VisionTransformer") -> None:
+    """Raise a UserError, with the nearest known ones, for a keyword that nobody knows.
+
+    Args:
+        base: timm's class, whose keywords are among the known ones.
+    """
     if name in known:
         return
     near = difflib.get_close_matches(name, dict.fromkeys(known), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "beside its own it takes those of timm's VisionTransformer"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"beside its own it takes those of timm's {base}"
     raise UserError(f"{of} has no keyword {name}; {hint}")
 
 

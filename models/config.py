@@ -17,7 +17,7 @@ class MergeConfig:
     that only other methods have is None.
 
     Attributes:
-        method: a name of `models.methods.METHODS`: "none", "tome", "mctf", "lgtm", "pitome".
+        method: a name of `models.methods.METHODS`: "none", "tome", "mctf", "lgtm", "pitome", "regtome".
         r: tokens merged per block: an int, a ratio 0 < r < 1 of the patch tokens, one int per block, `Inflection`
             (also a pair whose second item is a float or negative), or any of these as text: "16", "0.35", "16,0,8",
             "(16,-1)".

@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from .config import MergeConfig
 from .errors import UserError, require
+from .onnx_graph import simplify
 from .registry import FEATURE_KEYWORDS, create_model, feature_extractor
 from .scatter_free import scatter_free
 from .vit import MergingViT
@@ -67,11 +68,13 @@ def export_onnx(
     file: Path,
     dynamic: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    opset: int | None = None,
 ) -> ExportedProgram:
     """Write an ONNX file without scatters; input "images", output "logits". Returns the program that it was made of.
 
     Args:
         metadata: stored with the model, each value as json.
+        opset: version of ONNX's operators, 18 or later; None: torch's choice.
 
     Raises:
         UserError: onnx or onnxscript are not installed.
@@ -81,10 +84,10 @@ def export_onnx(
     program = export_program(model, images, dynamic)
     with torch.no_grad():
         plain = program.run_decompositions(scatter_free(len(images)))
-        written = torch.onnx.export(
-            plain, (images,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
-        )
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+        written = torch.onnx.export(plain, (images,), dynamo=True, verbose=False, opset_version=opset, **names)
     assert written is not None  # only without dynamo
+    simplify(written.model)
     for key, value in (metadata or {}).items():
         written.model.metadata_props[key] = json.dumps(value)
     with _in_place_of(file) as temporary:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import constants
 from timm.models import (
     PretrainedCfg,
@@ -23,15 +24,16 @@ from timm.models import (
 )
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import load_model_config_from_path
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .checks import VIT_KEYWORDS, check_image_size, check_keyword
+from .checks import EVA_KEYWORDS, VIT_KEYWORDS, check_image_size, check_keyword, unserved
 from .config import MergeConfig
 from .errors import NoWeightsError, UserError
 from .methods import all_knobs
 from .schedule import is_int
-from .vit import MergingViT, apply_merging
+from .vit import MergingViT, apply_merging, check_supported
 from .weights import extract_state_dict, fit_weights, load_weights, read_weights
 
 # Ours -> timm's. The rows of published models; weights come from timm's entry of the second name.
@@ -46,6 +48,9 @@ TIMM_NAMES = {
     "deit3_medium": "deit3_medium_patch16_224",
     "deit3_base": "deit3_base_patch16_224",
     "deit3_large": "deit3_large_patch16_224",
+    "dinov3_small": "vit_small_patch16_dinov3",
+    "dinov3_base": "vit_base_patch16_dinov3",
+    "dinov3_large": "vit_large_patch16_dinov3",
 }
 # Rows that timm does not have: keywords of its VisionTransformer. deit_digits is the toy that trains in a minute.
 OWN_SIZES: dict[str, dict[str, Any]] = {
@@ -54,7 +59,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 NAMES = (*TIMM_NAMES, *OWN_SIZES)
 _BUILDER_KEYWORDS = ("cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict")  # of timm's builder
 FEATURE_KEYWORDS = ("features_only", "out_indices", "feature_cls")
-_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid")
+_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "eva")
 
 
 def create_model(
@@ -83,7 +88,9 @@ def create_model(
         register_layer, class_layer: the blocks before which registers and class token enter; None is the first, of a
             saved merging model its own.
         checkpoint_path: a file of weights of any origin that `models.weights` knows.
-        **vit: keywords of timm's VisionTransformer (drop_path_rate, ...); None means its default.
+        **vit: keywords of timm's VisionTransformer, or of its Eva (drop_path_rate, ...); None means its default. As in
+            timm, features_only=True with out_indices makes a `FeatureGetterNet` instead, which returns a list of maps
+            (B,C,gh,gw) un-merged to the grid of patches, with its `feature_info`: see `feature_extractor`.
 
     Raises:
         UserError: unknown name or keyword (with the nearest ones), unsupported model, no weights, or weights that
@@ -91,7 +98,9 @@ def create_model(
     """
     if pretrained and checkpoint_path is not None:
         raise UserError("give either pretrained=True or checkpoint_path, not both")
-    _check_keywords(vit)
+    features = {key: vit.pop(key) for key in FEATURE_KEYWORDS if key in vit}
+    features = {key: value for key, value in features.items() if value not in (None, False)}
+    _check_keywords(name, vit)
     options = {"num_classes": num_classes, "img_size": img_size, **vit}
     options = {key: value for key, value in options.items() if value is not None}
     weights = None if checkpoint_path is None else read_weights(checkpoint_path)
@@ -104,7 +113,7 @@ def create_model(
     if weights is not None:
         fresh_head_ok = num_classes is not None  # who names the classes may mean others than the file's
         load_weights(model, weights, num_classes_changed_ok=fresh_head_ok, source=str(checkpoint_path), name=name)
-    return model
+    return feature_extractor(model, **features) if features else model  # type: ignore[return-value]
 
 
 def check_name(name: str) -> None:
@@ -121,12 +130,14 @@ def check_name(name: str) -> None:
     if base in NAMES:
         raise UserError(f"{base} takes no tag; write {base}, or {timm_name(base)}.{tag} for these weights of timm")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*NAMES, *timm.list_models(module="vision_transformer")], n=3)
+        near = difflib.get_close_matches(name, [*NAMES, *timm.list_models(module=["vision_transformer", "eva"])], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join(NAMES)}"
         raise UserError(f"unknown model {name!r}; {hint}")
     if not is_model_in_modules(name, _MODULES):
+        module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
         raise UserError(
-            f"model {name!r} is not supported: it is not timm's plain VisionTransformer (ViT, DeiT, DeiT-III, DINOv2)"
+            f"model {name!r} is not supported: timm's module {module}{unserved(module)} has neither its plain "
+            "VisionTransformer (ViT, DeiT, DeiT-III, DINOv2) nor its Eva (DINOv3, EVA-02, RoPE-ViT, Perception Encoder)"
         )
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
     if tag and tag not in tags:
@@ -152,32 +163,33 @@ def data_settings(name: str) -> dict[str, Any]:
     return settings | {"input_size": cfg.input_size[-1], "crop_pct": crop}
 
 
-def native_model(name: str, **options: Any) -> VisionTransformer:
+def is_eva(name: str) -> bool:
+    """Whether a name is that of timm's Eva (DINOv3, EVA-02, RoPE-ViT, Perception Encoder, Sapiens2)."""
+    return not _is_saved(name) and is_model_in_modules(timm_name(name), ("eva",))
+
+
+def native_model(name: str, **options: Any) -> VisionTransformer | Eva:
     """timm's own dense model with fused attention: what a user would otherwise run, and what speed is compared with."""
     check_name(name)
     return _create_vit(name, False, {key: value for key, value in options.items() if value is not None})
 
 
-def _check_keywords(vit: dict[str, Any]) -> None:
+def _check_keywords(model: str, vit: dict[str, Any]) -> None:
     """Raise a UserError for a keyword of `create_model` that has another name here, another place, or no meaning."""
-    if vit.get("reg_tokens") is not None:
-        raise UserError("reg_tokens would give registers position entries; write num_registers")
-    for name in FEATURE_KEYWORDS:
-        if vit.get(name) not in (None, False):
-            raise UserError(
-                f"{name} makes another kind of model; write timm.create_model({NAMES[0]!r}, features_only=True, "
-                "out_indices=...) with any of our names"
-            )
+    for name in ("reg_tokens", "num_reg_tokens"):
+        if vit.get(name) is not None:
+            raise UserError(f"{name} would give registers position entries; write num_registers")
     own = list(inspect.signature(create_model).parameters)[:-1]
     for name in vit:
         if name in ("method", "r", "activate_layers", *all_knobs()):
             raise UserError(f"create_model has no keyword {name}; write merge=MergeConfig({name}=...)")
+    known, base = (EVA_KEYWORDS, "Eva") if is_eva(model) else (VIT_KEYWORDS, "VisionTransformer")
     for name, value in vit.items():
         if value is not None:
-            check_keyword("create_model", name, [*own, *VIT_KEYWORDS, *_BUILDER_KEYWORDS])
+            check_keyword("create_model", name, [*own, *known, *_BUILDER_KEYWORDS], base)
 
 
-def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
+def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer | Eva:
     """timm's model, or its class with the sizes of one of ours; errors are told in one line."""
     check_name(name)
     num_classes = options.get("num_classes", 0)
@@ -196,6 +208,9 @@ def _create_vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionT
             cfg = PretrainedCfg(input_size=(vit.in_chans, *size), num_classes=vit.num_classes, **parts)
             vit.pretrained_cfg = vit.default_cfg = cfg.to_dict()  # timm's for its own
         else:
+            if is_eva(name):  # those that are not served have billions of parameters
+                with torch.device("meta"):
+                    check_supported(timm.create_model(timm_name(name)))
             with quick_when_offline() if pretrained or _is_saved(name) else nullcontext():
                 vit = timm.create_model(timm_name(name), pretrained=pretrained, **options)
     except Exception as error:  # of timm, torch and the hub client, which raise many types
@@ -335,7 +350,14 @@ def _load_by_config(model: MergingViT, name: str, config: dict[str, Any], cache_
 def feature_extractor(
     model: MergingViT, features_only: bool = False, out_indices: Any = 3, feature_cls: Any = "getter"
 ) -> nn.Module:
-    """timm's features_only: the model cut off after the last block asked for, which returns a list of maps."""
+    """timm's features_only: the model cut off after the last block asked for, which returns a list of maps.
+
+    Any model with timm's `forward_intermediates`, `prune_intermediate_layers` and `feature_info` becomes one, in place.
+    Maps are those of `forward_intermediates`, without the final norm, on the whole grid of patches whatever merged.
+
+    Args:
+        out_indices: blocks, by the rule of `forward_intermediates`; a number is the last so many.
+    """
     if not features_only:
         raise UserError("out_indices and feature_cls have no effect without features_only=True")
     if feature_cls not in ("getter", FeatureGetterNet):
@@ -405,6 +427,24 @@ def deit3_base(pretrained: bool = False, **options: Any) -> MergingViT:
 def deit3_large(pretrained: bool = False, **options: Any) -> MergingViT:
     """RegToMe's deit3_large: DeiT-III-L (arXiv 2204.07118). Options: those of `create_model`."""
     return _entry("deit3_large", pretrained, options)
+
+
+@register_model
+def dinov3_small(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's dinov3_small: DINOv3 ViT-S/16 (arXiv 2508.10104). Options: those of `create_model`."""
+    return _entry("dinov3_small", pretrained, options)
+
+
+@register_model
+def dinov3_base(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's dinov3_base: DINOv3 ViT-B/16 (arXiv 2508.10104). Options: those of `create_model`."""
+    return _entry("dinov3_base", pretrained, options)
+
+
+@register_model
+def dinov3_large(pretrained: bool = False, **options: Any) -> MergingViT:
+    """RegToMe's dinov3_large: DINOv3 ViT-L/16 (arXiv 2508.10104). Options: those of `create_model`."""
+    return _entry("dinov3_large", pretrained, options)
 
 
 @register_model

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .merging import Merge, group_map, merge_sizes, merge_tokens
+from .merging import Merge, PoolIndex, build_pool_index, group_map, merge_sizes, pool_rows
+from .rope import Positions
 
 
 class Tokens(NamedTuple):
@@ -20,9 +21,10 @@ class Tokens(NamedTuple):
         num_prefix_tokens: P, the class, distillation and register tokens present.
         grid: (gh,gw), n = gh * gw.
         followed: (B,n) in [0, N-P): the token that each patch is in; None where nobody asked to follow the patches.
-        sizes_differ: whether anything merged, so that sizes are not all 1.
-        carried: further state per token (B,N,...), such as positions, by name. Where tokens merge it is averaged by
+        carried: further state per token (B,N,...) that a method asks for, by name. Where tokens merge it is averaged by
             size; prefix tokens carry zeros.
+        positions: by which queries and keys are rotated; None in a model without rotary positions.
+        sizes_differ: whether anything merged, so that sizes are not all 1.
     """
 
     x: Tensor
@@ -32,6 +34,7 @@ class Tokens(NamedTuple):
     carried: dict[str, Tensor]
     followed: Tensor | None = None
     sizes_differ: bool = False
+    positions: Positions | None = None
 
     @property
     def group(self) -> Tensor:
@@ -39,10 +42,19 @@ class Tokens(NamedTuple):
         assert self.followed is not None, "the patches of these tokens were not followed: run with trace=True"
         return self.followed
 
-    def merged(self, x: Tensor, merge: Merge) -> "Tokens":
-        """The state after a merge, with the features (B,M,C) that it leaves. `follow` brings the groups up to date."""
-        carried = {name: merge_tokens(value, merge, self.size) for name, value in self.carried.items()}
-        return self._replace(x=x, size=merge_sizes(self.size, merge), carried=carried, sizes_differ=True)
+    def merged(self, x: Tensor, merge: Merge, by_size: PoolIndex | None = None) -> "Tokens":
+        """The state after a merge, with the features (B,M,C) that it leaves. `follow` brings the groups up to date.
+
+        Args:
+            by_size: the mean by size over the groups of this merge, where somebody has computed it already.
+        """
+        carried, positions = self.carried, self.positions
+        if carried or positions is not None:
+            by_size = build_pool_index(merge, self.size) if by_size is None else by_size
+            carried = {name: pool_rows(value, by_size) for name, value in carried.items()}
+            positions = None if positions is None else positions.merged(merge, by_size)
+        size = merge_sizes(self.size, merge)
+        return self._replace(x=x, size=size, carried=carried, sizes_differ=True, positions=positions)
 
     def follow(self, merge: Merge | None) -> "Tokens":
         """The state whose patches are told where a merge took them; as it is where nobody follows them."""
@@ -62,4 +74,6 @@ class Tokens(NamedTuple):
             name: torch.cat((value.new_zeros(batch, count, *value.shape[2:]), value), dim=1)
             for name, value in self.carried.items()
         }
-        return self._replace(x=x, size=size, carried=carried, num_prefix_tokens=self.num_prefix_tokens + count)
+        positions = None if self.positions is None else self.positions.with_prefix(count)
+        present = self.num_prefix_tokens + count
+        return self._replace(x=x, size=size, carried=carried, num_prefix_tokens=present, positions=positions)

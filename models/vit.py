@@ -10,19 +10,31 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Attention, resample_abs_pos_embed, trunc_normal_
+from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import BlockOutput, MergingAttention, MergingBlock, adopt, key_bias, log_size, merging_block, run_block
-from .checks import check_constructor_keywords, check_image_size
+from .blocks import (
+    ATTENTIONS,
+    BLOCKS,
+    BlockOutput,
+    MergingBlock,
+    adopt,
+    attention_inputs,
+    log_size,
+    merging_block,
+    run_block,
+)
+from .checks import check_constructor_keywords, check_image_size, unserved
 from .config import MergeConfig
 from .errors import UserError
 from .features import Intermediate, attach_sizes, attached_sizes, check_output_fmt, dense_intermediate, take_indices
 from .merging import Merge
 from .methods.base import Method
+from .rope import start_positions
 from .schedule import (
     BlockPlan,
     Schedule,
@@ -77,9 +89,13 @@ class Layer:
         return self.before.grid
 
     @property
-    def bias(self) -> Tensor | None:
-        """Proportional attention's key bias (B,1,1,N) that the block attends with; None: all zeros."""
-        return key_bias(self.before, self.rule)
+    def attention_inputs(self) -> dict[str, Any]:
+        """What the block's attention is given beside the tokens.
+
+        `attn_mask` is the key bias (B,1,1,N), or None where it is all zeros; a model with rotary positions has `rope`
+        too, see `Positions.angles`.
+        """
+        return attention_inputs(self.before, self.plan, self.rule)
 
 
 class MergingViT(VisionTransformer):
@@ -102,6 +118,9 @@ class MergingViT(VisionTransformer):
     """
 
     blocks: Any  # nn.Sequential of MergingBlock
+    rope: Any  # timm's module of rotary positions, or None
+    patch_drop: nn.Module | None
+    timm_class: Any  # whose parameters, and whose ways beside the blocks, this model has
 
     def __init__(
         self,
@@ -133,12 +152,13 @@ class MergingViT(VisionTransformer):
         vit_class = VisionTransformerDistilled if distilled else VisionTransformer
         nn.Module.__init__(self)  # timm's constructor would build a second set of weights, see `adopt`
         self.__dict__.update(vit_class(**sizes, **vit).__dict__)
+        self.timm_class = vit_class
         self._configure(merge or MergeConfig(r=r), num_registers, register_layer, class_layer)
 
     @classmethod
     def from_timm(
         cls,
-        vit: VisionTransformer,
+        vit: VisionTransformer | Eva,
         merge: MergeConfig,
         num_registers: int | None = None,
         register_layer: int | None = None,
@@ -151,6 +171,8 @@ class MergingViT(VisionTransformer):
         if isinstance(vit, MergingViT):
             register_layer = vit.register_layer if register_layer is None and num_registers != 0 else register_layer
             class_layer = vit.class_layer if class_layer is None else class_layer
+        else:
+            model.timm_class = type(vit)
         model._configure(merge, num_registers, register_layer or 0, class_layer or 0)
         return model
 
@@ -158,6 +180,10 @@ class MergingViT(VisionTransformer):
         check_supported(self)
         if not hasattr(self, "dist_token"):  # only timm's distilled class has one
             self.dist_token, self.head_dist, self.distilled_training = None, None, False
+        if not hasattr(self, "rope"):  # only timm's Eva may have one
+            self.rope, self.rope_mixed = None, False
+        if self.patch_drop is None:  # Eva's word for the same
+            self.patch_drop = nn.Identity()
         self.blocks = nn.Sequential(*(merging_block(block) for block in self.blocks))
         if not isinstance(merge, MergeConfig):
             raise UserError(f"merge must be a MergeConfig, not a {type(merge).__name__}")
@@ -229,7 +255,10 @@ class MergingViT(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay besides biases and norms."""
-        return {"pos_embed", "cls_token", "dist_token", "reg_token"}
+        names = {"pos_embed", "cls_token", "dist_token", "reg_token"}
+        if hasattr(self.rope, "no_weight_decay"):  # learned frequencies
+            names |= {f"rope.{name}" for name in self.rope.no_weight_decay()}
+        return names
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -252,7 +281,7 @@ class MergingViT(VisionTransformer):
                 raise UserError(f"global_pool={global_pool!r}: a distilled model reads its two tokens, not a pool")
             global_pool = None  # as in timm
         try:
-            super().reset_classifier(num_classes, global_pool)
+            self.timm_class.reset_classifier(self, num_classes, global_pool)
         except AssertionError as error:
             raise UserError(f"global_pool={global_pool!r} does not fit this model: {error}") from error
         if self.head_dist is not None:
@@ -313,7 +342,8 @@ class MergingViT(VisionTransformer):
         return token_plan(merge, patches, self.prefixes(self.schedule_depth), schedule).first(len(self.blocks))
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Change the resolution: position entries of the patches are resampled (bicubic), the others kept."""
+        """Change the resolution: position entries of the patches are resampled (bicubic), the others kept; rotary
+        positions are computed anew."""
         old_grid, prefix = self.patch_embed.grid_size, self.num_pos_prefix
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
@@ -321,6 +351,8 @@ class MergingViT(VisionTransformer):
                 self.pos_embed.detach(), self.patch_embed.grid_size, old_grid, num_prefix_tokens=prefix
             )
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        if hasattr(self.rope, "update_feat_shape"):
+            self.rope.update_feat_shape(self.patch_embed.grid_size)
 
     def forward(  # type: ignore[override]
         self,
@@ -340,7 +372,7 @@ class MergingViT(VisionTransformer):
         Returns:
             Logits; in training after `set_distilled_training` those of the class token and of the distillation token.
         """
-        plan, layers = self._blocks(images, r, trace, attn_mask, is_causal)
+        plan, layers = self._blocks(images, r, trace, attn_mask, is_causal, pooled=not trace)
         groups: list[Tensor] = []
         for layer in layers:
             tokens = layer.after
@@ -357,9 +389,19 @@ class MergingViT(VisionTransformer):
         return logits
 
     def _blocks(
-        self, images: Tensor, r: Any, follow: bool, attn_mask: Tensor | None, is_causal: bool
+        self,
+        images: Tensor,
+        r: Any,
+        follow: bool,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        pooled: bool = False,
     ) -> tuple[TokenPlan, Iterator[Layer]]:
-        """The plan of a forward, and its blocks. Nobody here holds on to the patch embedding while they run."""
+        """The plan of a forward, and its blocks. Nobody here holds on to the patch embedding while they run.
+
+        Args:
+            pooled: of the tokens that leave the last block, only what is pooled will be read.
+        """
         if isinstance(images, torch.fx.Proxy):
             raise UserError(
                 "torch.fx (create_feature_extractor) cannot trace this model: its shapes follow from the tokens left; "
@@ -370,7 +412,24 @@ class MergingViT(VisionTransformer):
         tokens = self.embed(images, follow)
         plan = self.plan(r, tokens.x.shape[1])
         masking = self._masking(plan, attn_mask, is_causal)
+        if pooled and not masking and not self.training:
+            plan = plan._replace(readers=self.readers(plan))
         return plan, self.layers(tokens, plan, masking=masking)
+
+    def readers(self, plan: TokenPlan) -> int | None:
+        """The first tokens, which alone need the last block's queries, projection and MLP; None: all tokens do.
+
+        Where class (and distillation) token are all that is pooled, what becomes of the others in the last block is
+        never seen: logits are the same without it, up to the order of sums. Not so for a method that merges before
+        attention, or where a hook may look at the last block or the final norm. Training computes all tokens, and so
+        does a forward that merges nothing, whose logits are timm's to the bit.
+        """
+        pools_tokens = self.global_pool == "token" and self.attn_pool is None and self.num_class_tokens > 0
+        if not pools_tokens or not any(plan.merges):
+            return None
+        if plan.merges[-1] and not self.merge.rule.place().after_attention:
+            return None
+        return None if _hooked(self.blocks[-1]) or _hooked(self.norm) else self.num_class_tokens
 
     def _masking(self, plan: TokenPlan, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
         """A mask as the blocks take it. It says who sees whom, and after a merge there is nobody to say it of."""
@@ -550,8 +609,9 @@ class MergingViT(VisionTransformer):
         """
         x = self.embed_patches(images)
         rows, columns = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        positions = start_positions(self.rope, self.rope_mixed, (rows, columns), self.patch_embed.grid_size)
         rule, size = self.merge.rule, x.new_ones(x.shape[:2], dtype=torch.float32)
-        tokens = Tokens(x, size, 0, (rows, columns), rule.carry(x, (rows, columns)))
+        tokens = Tokens(x, size, 0, (rows, columns), rule.carry(x, (rows, columns)), positions=positions)
         if not follow and not rule.spatial:
             return tokens
         return tokens._replace(followed=torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
@@ -563,6 +623,7 @@ class MergingViT(VisionTransformer):
         rule: Method | None = None,
         enter: Callable[[int, Tokens], Tokens] | None = None,
         masking: dict[str, Any] | None = None,
+        start: int = 0,
     ) -> Iterator[Layer]:
         """Run all blocks and hand out each one: the one loop that the forward and all instruments share.
 
@@ -573,9 +634,10 @@ class MergingViT(VisionTransformer):
             rule: another method than the model's.
             enter: another way for prefix tokens to enter than `self.enter`.
             masking: attn_mask and is_causal of timm's block, for blocks that merge nothing.
+            start: the first block to run, on the tokens that the block before it left.
         """
         rule, enter = rule or self.merge.rule, enter or self.enter
-        for index, block in enumerate(self.blocks):
+        for index, block in list(enumerate(self.blocks))[start:]:
             tokens = enter(index, tokens)
             block_plan = plan.block(index)
             after, merge = self._run_block(block, tokens, block_plan, rule, masking or {})
@@ -641,7 +703,9 @@ class MergingViT(VisionTransformer):
             return x
         if self.global_pool == "token":
             return x[:, 0]
-        start = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        # timm's Eva pools by attention over all tokens
+        everything = self.attn_pool is not None if self.timm_class is Eva else self.pool_include_prefix
+        start = 0 if everything else self.num_prefix_tokens
         x, size = x[:, start:], None if size is None else size[:, start:]
         if self.attn_pool is not None:
             return self.attn_pool(x) if size is None else self.attn_pool(x, attn_mask=log_size(size, x))
@@ -657,14 +721,22 @@ def _weighted_mean(x: Tensor, size: Tensor) -> Tensor:
     return (x * weight.unsqueeze(-1)).sum(dim=1)
 
 
+def _hooked(module: nn.Module) -> bool:
+    """Whether a hook was put on a module or a part of it."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+    )
+
+
 def apply_merging(
-    vit: VisionTransformer,
+    vit: VisionTransformer | Eva,
     merge: MergeConfig,
     num_registers: int | None = None,
     register_layer: int | None = None,
     class_layer: int | None = None,
 ) -> MergingViT:
-    """A merging model that shares the weights of a timm ViT, which itself stays unchanged.
+    """A merging model that shares the weights of a timm ViT or Eva, which itself stays unchanged.
 
     Args:
         num_registers: R in all; None keeps what the model has. New ones are fresh parameters.
@@ -678,23 +750,26 @@ def apply_merging(
 
 
 def check_supported(vit: nn.Module) -> None:
-    """Raise a UserError that names what a model has that merging cannot serve."""
+    """Raise a UserError that names what a model has that merging cannot serve, and what it would need."""
     name = type(vit).__name__
     problem = None
     blocks: Any = getattr(vit, "blocks", ())
-    attentions = {type(getattr(block, "attn", None)) for block in blocks} - {Attention, MergingAttention}
-    if type(vit) not in (VisionTransformer, VisionTransformerDistilled, MergingViT):
-        problem = f"{name} is not timm's VisionTransformer"
-    elif others := {type(block).__name__ for block in blocks if type(block) not in (Block, MergingBlock)}:
-        problem = f"its blocks are {', '.join(sorted(others))}, not timm's Block"
+    kinds = {type(block) for block in blocks} - {*BLOCKS, *BLOCKS.values()}
+    attentions = {type(getattr(block, "attn", None)) for block in blocks} - {*ATTENTIONS, *ATTENTIONS.values()}
+    if type(vit) not in (VisionTransformer, VisionTransformerDistilled, Eva) and not isinstance(vit, MergingViT):
+        problem = f"{name} is not timm's VisionTransformer or Eva" + unserved(name)
+    elif kinds:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        problem = f"its blocks are {names}, not timm's Block or EvaBlock" + unserved(names)
     elif attentions:
         names = ", ".join(sorted(attention.__name__ for attention in attentions))
-        problem = f"its attention is {names}, not timm's Attention"
+        problem = f"its attention is {names}, not one of {', '.join(kind.__name__ for kind in ATTENTIONS)}"
     elif vit.global_pool not in ("", "token", "avg", "avgmax", "max", "map"):
         problem = f"it pools by {vit.global_pool!r}"
-    elif not isinstance(vit.patch_drop, nn.Identity):
+    elif not isinstance(vit.patch_drop, (nn.Identity, type(None))):
         problem = "it drops patches (patch_drop_rate > 0)"
     if problem:
         raise UserError(
-            f"this model is not supported: {problem}; supported are plain ViT, DeiT, DeiT-III and DINOv2 of timm"
+            f"this model is not supported: {problem}; supported are plain ViT, DeiT, DeiT-III and DINOv2 of timm, "
+            "and its Eva (DINOv3, EVA-02, RoPE-ViT, Perception Encoder)"
         )

@@ -129,7 +129,7 @@ def extract_state_dict(
 
     Returns:
         The state dict, and one of "regtome", "mctf", "timm" (also DeiT, whose names are the same), "deit3",
-        "regs-small-vits", "registers-merging", "dinov2".
+        "regs-small-vits", "registers-merging", "dinov2", "dinov3".
 
     Raises:
         UserError: no weights, or not of a Vision Transformer.
@@ -169,6 +169,22 @@ def from_dinov2(weights: StateDict) -> StateDict:
     for old, new in swiglu.items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
     return _rename(weights, "register_tokens", "reg_token")
+
+
+def from_dinov3(weights: StateDict) -> StateDict:
+    """DINOv3 (arXiv 2508.10104): registers in storage_tokens, one bias of q, k and v of which k's is held at 0."""
+    renamed: StateDict = {}
+    for name, tensor in weights.items():
+        if name.endswith((".periods", ".bias_mask", "mask_token")) or name.startswith("local_cls_norm"):
+            continue  # computed by timm, or of pretraining alone
+        if name.endswith("attn.qkv.bias"):
+            attn = name.removesuffix("qkv.bias")
+            renamed[attn + "q_bias"], _, renamed[attn + "v_bias"] = tensor.chunk(3)
+            continue
+        for old, new in {"mlp.w1.": "mlp.fc1_g.", "mlp.w2.": "mlp.fc1_x.", "mlp.w3.": "mlp.fc2."}.items():
+            name = name.replace(old, new)
+        renamed["reg_token" if name == "storage_tokens" else name] = tensor
+    return renamed
 
 
 def load_weights(
@@ -211,6 +227,7 @@ def fit_weights(
     """What `load_weights` would load, for every parameter of the model, and its report. Nothing is changed."""
     _check_width(model, state_dict, source, name)
     fit = _Fit(model, dict(state_dict), model.state_dict())
+    fit.names()
     fit.positions()
     fit.registers()
     fit.distillation()
@@ -235,6 +252,15 @@ class _Fit:
     unexpected: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     head_notes: list[str] = field(default_factory=list)
+
+    def names(self) -> None:
+        """What timm's Eva calls otherwise, or does not store: LayerScale, tables of angles, a bias of zeros."""
+        if any(key.endswith(".gamma_1") for key in self.expected):
+            self.weights = {re.sub(r"\bls([12])\.gamma$", r"gamma_\1", key): x for key, x in self.weights.items()}
+        for key in [key for key in self.weights if key not in self.expected]:
+            zero_bias = key.endswith(("attn.q_bias", "attn.v_bias")) and not self.weights[key].any()
+            if zero_bias or key.startswith("rope."):
+                self._leave(key)
 
     def positions(self) -> None:
         """Resample the patch entries to the model's grid, and move prefix entries to where the model has them.
@@ -398,6 +424,8 @@ def _first(value: Any) -> Any:
 
 def _origin(checkpoint: Mapping[str, Any], weights: StateDict) -> str:
     """Names of parameters tell most; the rest is told by what else the checkpoint stores."""
+    if "storage_tokens" in weights:
+        return "dinov3"
     if "mask_token" in weights or any(re.match(r"blocks\.\d+\.\d+\.", name) for name in weights):
         return "dinov2"
     if "register_tokens" in weights:
@@ -417,6 +445,7 @@ _TO_TIMM: dict[str, Callable[[StateDict], StateDict]] = {
     "regs-small-vits": from_regs_small_vits,
     "registers-merging": from_registers_merging,
     "dinov2": from_dinov2,
+    "dinov3": from_dinov3,
 }
 
 

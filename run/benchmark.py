@@ -178,6 +178,7 @@ def _describe(model: MergingViT, method: str) -> dict[str, Any]:
         "num_registers": model.num_registers,
         "tokens": list(model.plan().counts),
         "gmacs": round(gmacs(model), 4),
+        "gmacs_run": round(gmacs(model, inference=True), 4),
     }
 
 
@@ -357,6 +358,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("variant", lambda row: row["name"]),
     ("tokens left", lambda row: str(row["tokens"][-1]) if "tokens" in row else ""),
     ("GMACs", lambda row: f"{row['gmacs']:.3f}" if "gmacs" in row else ""),
+    ("GMACs run", lambda row: f"{row['gmacs_run']:.3f}" if "gmacs_run" in row else ""),
     ("images/s [quartiles]", lambda row: "{median:.1f} [{q25:.1f}, {q75:.1f}]".format_map(row["images_per_s"])),
     ("x native", lambda row: _ratio_text(row["ratio_native"])),
     ("of ideal", lambda row: _ratio_text(row["ratio_ideal"])),

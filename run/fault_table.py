@@ -10,13 +10,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -340,6 +341,76 @@ def lone_rank(bench: Bench) -> str:
     return f"status 1 after {time.monotonic() - began:.0f} s (timeout 5 s), one line in all"
 
 
+def port_in_use(bench: Bench) -> str:
+    """A foreign program listens on the port: torchrun's own store, and a bare rank 0."""
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        port = foreign.getsockname()[1]
+        run = bench.start(bench.new(), torchrun=f"--nnodes=1 --master_addr=127.0.0.1 --master_port={port}")
+        under = run.end()
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = [sys.executable, str(ROOT / "main.py"), *FLAGS.split(), "--output_dir", str(bench.new())]
+        environment = os.environ | environment | {"REGTOME_DIST_TIMEOUT": "10"}
+        began = time.monotonic()
+        bare = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    lines = (bare.stdout + bare.stderr).splitlines()
+    assert under.status != 0 and "EADDRINUSE" in under.text.upper().replace("ADDRESS ALREADY IN USE", "EADDRINUSE")
+    assert bare.returncode == 1 and len(lines) == 1 and "another program uses that port" in lines[0], lines
+    said = f"bare: 1 in {time.monotonic() - began:.0f} s, '{lines[0].partition('error: ')[2][:60]}...'"
+    return f"torchrun: status {under.status} in {under.seconds:.0f} s; {said}"
+
+
+def disk_full(bench: Bench) -> str:
+    """The output folder lies on a disk of 48 MiB, which another program then fills."""
+    folder = bench.new()
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        return "not played: only root can mount a small disk"
+    try:
+        run = bench.start(folder, "--resume auto")
+        run.until(r"epoch 1 \[1/")
+        with suppress(OSError), open(folder / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(2**16))
+        ended = run.end()
+        lines = ended.errors()
+        assert ended.status == 1 and any("No space left" in line for line in lines), ended.text[-500:]
+        assert not list(folder.glob("*.tmp")) and checkpoint(folder)
+        copy = shutil.copytree(folder, bench.new(), ignore=shutil.ignore_patterns("filler"))
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+    (copy / "run.lock").unlink(missing_ok=True)
+    assert bench.start(copy, "--resume auto").end().status == 0
+    return f"status 1, one line, both files whole, no temporary left; copied elsewhere and resumed: {bench.same(copy)}"
+
+
+def worker_killed(bench: Bench) -> str:
+    run = bench.start(bench.new(), "--resume auto --num_workers 1 --epochs 3").until(r"epoch 1 \[1/")
+    workers = [child for rank in run.ranks() for child in kill_test.children(rank)]
+    assert workers, "no loader processes"
+    kill_test.send(workers[-1], signal.SIGKILL)
+    began = time.monotonic()
+    ended = run.end()
+    assert ended.status == 1 and "--num_workers" in ended.text and "Traceback" not in ended.text, ended.text[-500:]
+    seconds = time.monotonic() - began
+    assert bench.start(run.folder, "--resume auto").end().status == 0
+    return f"status 1 after {seconds:.0f} s, one line with cause and remedy; {bench.same(run.folder)}"
+
+
+def no_whole_checkpoint(bench: Bench) -> str:
+    folder = shutil.copytree(bench.unbroken, bench.new())
+    for name in ("checkpoint.pth", "checkpoint_prev.pth"):
+        os.truncate(folder / name, 3000)
+    torn = bench.start(folder, "--resume auto", world=1).end()
+    pickled = bench.folder / "pickled.pth"
+    torch.save({"model": Path("x")}, pickled)
+    code = bench.start(bench.new(), f"--resume {pickled}", world=1).end()
+    missing = bench.start(bench.new(), "--resume nowhere.pth", world=1).end()
+    for ended in (torn, code, missing):
+        assert ended.status == 2 and len(ended.errors()) == 1 and "Traceback" not in ended.text, ended.text
+    return "status 2, one line each"
+
+
 def accumulation(bench: Bench) -> str:
     flags = f"{PLAIN} --epochs 6 --limit 64 --full_weight 1 --full_r_max 4 --consistency_weight 3"
     flags += " --consistency_threshold 0 --save_every_steps 0 --no_repeated_aug --opt momentum --lr 0.5"
@@ -472,6 +543,36 @@ def slurm_interrupted(cluster: Cluster) -> str:
     return "requeued, resumed, " + ", ".join(said)
 
 
+def slurm_node_down(cluster: Cluster) -> str:
+    folder = cluster.bench.new()
+    waiting = cluster.submit(folder)
+    job = cluster.until(folder, r"epoch 1 \[2/")
+    cluster.ask("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
+    time.sleep(3)
+    cluster.ask("scontrol", "update", "nodename=127.0.0.2", "state=resume")
+    text = waiting.communicate(timeout=2 * PATIENCE)[0]
+    assert waiting.returncode == 0 and cluster.slurm.restarts(job) == 1, text
+    return f"NODE_FAIL, requeued, resumed, {cluster.bench.same(folder)}"
+
+
+def slurm_time_limit(cluster: Cluster) -> str:
+    folder, length = cluster.bench.new(), 60
+    waiting = cluster.submit(folder, "--timeout", "1", "--signal_delay", "40", extra=f"--epochs {length}")
+    job = cluster.until(folder, r"epoch 0 \[1/")
+    text = waiting.communicate(timeout=6 * PATIENCE)[0]
+    restarts = cluster.slurm.restarts(job)
+    assert waiting.returncode == 0 and restarts and epochs(folder) == list(range(length)), text
+    return f"saved and requeued {restarts} time(s); log.txt without gaps or doubles, status 0"
+
+
+def slurm_bad_request(cluster: Cluster) -> str:
+    for flag in ("partition=nowhere", "constraint=nowhere", "nodelist=nowhere", "mem=9999G"):
+        waiting = cluster.submit(cluster.bench.new(), "--sbatch", flag)
+        text = waiting.communicate(timeout=PATIENCE)[0]
+        assert waiting.returncode == 2 and text.count("\n") == 1, text
+    return "status 2, one line with Slurm's words (partition, constraint, node list, memory)"
+
+
 @dataclass(frozen=True)
 class Fault:
     """A row of the table; `sample` ones are played in continuous integration."""
@@ -512,6 +613,10 @@ FAULTS = (
     Fault("hand-altered checkpoints", "traceback, status 1; epoch 99, step 3000: accepted", altered_checkpoint),
     Fault("compressed checkpoint (1 GiB of zeros)", "refused after 27 s and 2.4 GB (2 GiB)", bomb),
     Fault("a lone rank, nobody at MASTER_PORT", "40 C++ frames before its line", lone_rank),
+    Fault("a foreign program on the port", "one line; torchrun: its own traceback", port_in_use),
+    Fault("disk full", "status 1, one line, files whole, resumed elsewhere: identical", disk_full),
+    Fault("a loader process is killed", "traceback, no checkpoint named; identical", worker_killed),
+    Fault("both checkpoints torn; code in one; none there", "status 2, one line", no_whole_checkpoint),
     Fault(
         "accumulation against the large batch, pairing at threshold 0", "losses off by 1.8e-2 to 2.1e-1", accumulation
     ),
@@ -523,6 +628,9 @@ SLURM_FAULTS = (
     Fault("--sbatch array=0-1", "accepted, cannot work, --wait never returns", slurm_array),
     Fault("scancel under --wait", "srun's noise only", slurm_cancelled),
     Fault("scancel --signal=USR2; scontrol requeue in mid-epoch", "requeued, resumed, identical", slurm_interrupted),
+    Fault("a node goes down in mid-epoch", "NODE_FAIL, requeued, resumed, identical", slurm_node_down),
+    Fault("time limit of 1 minute", "saved, requeued, identical; a second signal: FAILED", slurm_time_limit),
+    Fault("a partition, constraint, node or memory that there is not", "status 2, one line", slurm_bad_request),
 )
 
 

@@ -4,10 +4,11 @@ python run/kill_test.py                        # 30 faults, some minutes on two 
 python run/kill_test.py --faults 5 --seed 1 --folder output/kill_test
 python run/kill_test.py --all [--slurm]        # the table of faults (run/fault_table.py): old outcome, and today's
 python run/kill_test.py --sample               # some of its rows, in under five minutes
-python run/kill_test.py --minutes 30           # a fault every few seconds for so long, and memory and files meanwhile
+python run/kill_test.py --minutes 30           # 100,000 updates, for half an hour with a fault every few seconds
 
-The run is a small model on scikit-learn's digits, in two processes under torchrun, saved after every update. Weights,
-their average, optimizer, schedule, random streams and log.txt (without its two columns of time) must be equal.
+The run is a small model on scikit-learn's digits, in two processes under torchrun, saved after every update (a still
+smaller one, saved every 500 updates, in the long run). Weights, their average, optimizer, schedule, random streams and
+log.txt (without its two columns of time) must be equal.
 """
 
 import argparse
@@ -34,15 +35,16 @@ if not __package__:  # run as a script: the project's modules lie one folder up
     sys.path.insert(0, str(ROOT))
 
 from models import UserError
-from options import Parser, exit_status, non_negative_int, positive_float
+from options import Parser, exit_status, non_negative_int, positive_float, positive_int
 from utils import RunError
 
+MAIN, TINY = "main.py", "run/tiny_training.py"
 TIMES = ("images_per_s", "seconds")
 PATIENCE = 180  # seconds that a start, or an end after a fault, may take
 # everything that draws, in steps as short as they get
 FLAGS = "--dataset DIGITS --device cpu --input_size 16 --batch_size 16 --epochs 4 --warmup_epochs 1 --num_registers 2"
 FLAGS += " --r 2 --full_weight 1 --full_r_max 3 --consistency_weight 3 --mixup 0.5 --drop_path 0.1 --reprob 0.3"
-FLAGS += " --repeated_aug --model_ema_decay 0.9 --log_every 1000 --save_every_steps 1 --resume auto"
+FLAGS += " --repeated_aug --model_ema_decay 0.9 --log_every 1000 --save_every_steps 1"
 # who is hit with what; a killed launcher's ranks must leave by themselves
 FAULTS = {
     "a rank is killed": ("rank", signal.SIGKILL),
@@ -104,7 +106,7 @@ class Launch:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that run, in order."""
-        return sorted(pid for pid in _children(self.process.pid) if is_rank(pid))
+        return sorted(pid for pid in children(self.process.pid) if is_rank(pid))
 
     def last_save(self) -> int:
         """When the checkpoint was last written: it changes with every save."""
@@ -113,9 +115,10 @@ class Launch:
 
 
 def is_rank(pid: int) -> bool:
-    """Tell whether a process of main.py is alive."""
+    """Tell whether a process that trains is alive."""
     stat = read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    return bool(stat) and stat[0] != b"Z" and b"main.py" in read(f"/proc/{pid}/cmdline")
+    command = read(f"/proc/{pid}/cmdline")
+    return bool(stat) and stat[0] != b"Z" and any(script.encode() in command for script in (MAIN, TINY))
 
 
 def read(path: str) -> bytes:
@@ -126,15 +129,16 @@ def read(path: str) -> bytes:
         return b""
 
 
-def _children(parent: int) -> list[int]:
+def children(parent: int) -> list[int]:
+    """Process ids of a process's children."""
     stats = {int(entry.name): read(f"{entry}/stat") for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     return [pid for pid, stat in stats.items() if stat and int(stat.rpartition(b")")[2].split()[1]) == parent]
 
 
-def launch(folder: Path, flags: str = "") -> Launch:
+def launch(folder: Path, flags: str = FLAGS, script: str = MAIN) -> Launch:
     """Start or resume the run in a folder; what it says goes to FOLDER.txt."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    command += [str(ROOT / "main.py"), *FLAGS.split(), *flags.split(), "--output_dir", str(folder)]
+    command += [str(ROOT / script), *flags.split(), "--resume", "auto", "--output_dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "REGTOME_DIST_TIMEOUT": "60"}
     with open(f"{folder}.txt", "ab") as output:
         return Launch(folder, subprocess.Popen(command, stdout=output, stderr=output, env=environment))
@@ -204,7 +208,7 @@ def torture(folder: Path, faults: int, draw: random.Random, counts: Counter[str]
 
 
 def _check_end(running: Launch, patience: float) -> None:
-    if running.process.wait(patience):
+    if running.process.wait(None if patience == math.inf else patience):
         raise RunError(f"the run failed by itself; see {running.folder}.txt")
 
 
@@ -215,6 +219,7 @@ def build_parser() -> Parser:
     what.add_argument("--all", action="store_true", help="play every row of the table of faults")
     what.add_argument("--sample", action="store_true", help="play some rows of it")
     what.add_argument("--minutes", type=positive_float, help="play faults on one long run for so long")
+    parser.add_argument("--updates", type=positive_int, help="of that long run (default: 100000)")
     parser.add_argument(
         "--slurm", action="store_true", help="with --all: also the rows on a Slurm, made by tests/_slurm.py"
     )
@@ -228,6 +233,8 @@ def run(argv: Sequence[str]) -> int:
     args = build_parser().parse(argv)
     if args.slurm and not args.all:
         raise UserError("--slurm adds rows to those of --all; give both")
+    if args.updates and not args.minutes:
+        raise UserError("--updates is the length of the long run; give --minutes too")
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     if args.all or args.sample:
@@ -235,7 +242,9 @@ def run(argv: Sequence[str]) -> int:
 
         return play_table(args.folder, args.sample, args.slurm)
     draw = random.Random(args.seed)
-    return long_run(args.folder, args.minutes, draw) if args.minutes else compare(args.folder, args.faults, draw)
+    if args.minutes:
+        return long_run(args.folder, args.minutes, args.updates or 100_000, draw)
+    return compare(args.folder, args.faults, draw)
 
 
 def compare(base: Path, faults: int, draw: random.Random) -> int:
@@ -263,33 +272,41 @@ def _verdict(lines: Sequence[str], counts: Counter[str], where: str) -> int:
     return 1 if lines else 0
 
 
-# a rate that does not know how long the run will be, and no sums that take long
-LONG = " --sched step --decay_epochs 1000000 --limit 320 --full_weight 0 --consistency_weight 0 --save_every_steps 5"
+# the smallest batches, and a rate that does not know how long the run will be
+LONG = "--dataset DIGITS --device cpu --input_size 8 --batch_size 2 --num_registers 1 --r 1 --mixup 0.5 --sched step"
+LONG += " --decay_epochs 1000000 --warmup_epochs 1 --log_every 1000 --save_every_steps 500"
+LONG_UPDATES_PER_EPOCH = 359
 
 
-def long_run(base: Path, minutes: float, draw: random.Random) -> int:
-    """Play faults on one run for so long, finish its epoch, and repeat its epochs unbroken; measures the latter."""
+def long_run(base: Path, minutes: float, updates: int, draw: random.Random) -> int:
+    """Play faults on one long run for so many minutes, let it finish, and compare it with an unbroken one.
+
+    Memory and open files of rank 0 are measured in the unbroken run, which is the longest that one process lives.
+    """
     began, counts, names = time.monotonic(), Counter[str](), list(FAULTS)
     folder, unbroken = base / "tortured", base / "unbroken"
+    epochs = math.ceil(updates / LONG_UPDATES_PER_EPOCH)
+    flags = f"{LONG} --epochs {epochs}"
     while time.monotonic() - began < 60 * minutes:
         fault = names[counts.total() % len(names)]
-        if not strike(launch(folder, f"{LONG} --epochs 1000000"), fault, draw, latest=12.0):
+        if not strike(launch(folder, flags, TINY), fault, draw, latest=12.0):
             raise RunError(f"the run ended by itself; see {folder}.txt")
         counts[fault] += 1
         if counts.total() % 10 == 0:
             print(f"{time.monotonic() - began:5.0f} s: {counts.total()} faults, {progress(folder)}", flush=True)
-    epochs = checkpoint(folder)["epoch"] + 1
-    _check_end(launch(folder, f"{LONG} --epochs {epochs}"), PATIENCE)
-    running, measured = launch(unbroken, f"{LONG} --epochs {epochs}"), []
+    print(f"{time.monotonic() - began:5.0f} s: the last of {counts.total()} faults, {progress(folder)}", flush=True)
+    _check_end(launch(folder, flags, TINY), math.inf)
+    running, measured = launch(unbroken, flags, TINY), []
     while running.process.poll() is None:
         measured += [_resources(pid) for pid in running.ranks()[:1] if (unbroken / "checkpoint.pth").exists()]
         time.sleep(2)
     _check_end(running, 0)
-    updates = epochs * checkpoint(unbroken)["sampler"]["micro_batches"]
     measured = measured[:-2] or measured  # at the very end the process takes itself apart
-    print(f"{epochs} epochs, {updates} updates; unbroken, rank 0 holds at its first quarter, half and end:")
-    for memory, files in (measured[len(measured) // 4], measured[len(measured) // 2], measured[-1]):
-        print(f"  {memory / 2**20:.0f} MiB, {files} files")
+    done = epochs * checkpoint(unbroken)["sampler"]["micro_batches"]
+    print(f"{epochs} epochs, {done} updates; rank 0 of the unbroken run holds:")
+    for part, name in enumerate(("at the start", "at a quarter", "at half", "at three quarters", "at the end")):
+        memory, files = measured[part * (len(measured) - 1) // 4]
+        print(f"  {name}: {memory / 2**20:.0f} MiB, {files} files")
     lines = differing_runs(folder, unbroken)
     found = [line["epoch"] for line in log_lines(folder)]
     lines += [] if found == list(range(epochs)) else [f"log.txt has the epochs {found}"]

@@ -13,8 +13,8 @@ from tiny import every_method, images, ours, randomise, timm_vit
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from models import MergeConfig, MergingViT, UserError, apply_merging, create_model
-from models.registry import native_model
+from models import MergeConfig, MergingViT, UserError, apply_merging, create_model, unmerge
+from models.registry import native_model, timm_name
 
 # two blocks of each form: class token, two tokens, registers with and without positions, attention and mean pooling
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -306,6 +306,44 @@ def test_features_only_without_merging_is_timms() -> None:
     assert equal(mine.eval()(images()), theirs.eval()(images()))
     assert mine.pretrained_cfg["mean"] == theirs.pretrained_cfg["mean"]
     assert "classifier" not in mine.pretrained_cfg
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "vit_small_patch14_reg4_dinov2", "test_vit2"])
+def test_features_only_of_timms_names(name: str) -> None:
+    """Without merging timm's own maps, bit for bit; with it those of the whole model, on the whole grid."""
+    options = {"depth": 3} | FAMILIES[name]
+    theirs = timm.create_model(timm_name(name), features_only=True, out_indices=(0, 2), **options).eval()
+    mine = create_model(name, features_only=True, out_indices=(0, 2), **options).eval()
+    mine.model.load_state_dict(randomise(theirs.model).state_dict())
+    x = images(2, FAMILIES[name]["img_size"])
+    with torch.no_grad():
+        assert equal(mine(x), theirs(x))
+        assert mine.feature_info.channels() == theirs.feature_info.channels()
+        assert mine.feature_info.reduction() == theirs.feature_info.reduction()
+        mine.model.r = 3
+        out, maps = mine.model(x, trace=True), mine(x)
+        assert [part.shape for part in maps] == [part.shape for part in theirs(x)]
+        prefix = mine.model.num_prefix_tokens
+        assert torch.equal(maps[1].flatten(2).mT, unmerge(out.tokens[:, prefix:], out.group))  # no norm stays
+    assert create_model("deit_digits", features_only=False, out_indices=None)(images()).shape == (2, 10)
+    with pytest.raises(UserError, match="out_indices and feature_cls have no effect"):
+        create_model(name, out_indices=(1,), **options)
+
+
+@pytest.mark.parametrize("merge", every_method(choices=False))
+def test_patches_that_are_not_square_lie_where_they_were(merge: MergeConfig) -> None:
+    """Patches of 8 x 4 pixels on a wide image: each has the token it is in, in rows and columns of its own."""
+    model = ours(merge, 2, patch_size=(8, 4), img_size=(24, 40), register_layer=1)
+    x = images(2, (24, 40))
+    out = model(x, trace=True)
+    (last,) = model.forward_intermediates(x, [-1], norm=True, intermediates_only=True)
+    assert last.shape == (2, 24, 3, 10) and out.group.shape == (2, 30)
+    for row, column in itertools.product(range(3), range(10)):
+        token = out.tokens[torch.arange(2), model.num_prefix_tokens + out.group[:, 10 * row + column]]
+        assert torch.equal(last[:, :, row, column], token)
+    theirs = timm_vit(patch_size=(8, 4), img_size=(24, 40))
+    plain = apply_merging(theirs, MergeConfig(r=0)).eval()
+    assert equal(plain.forward_intermediates(x), theirs.forward_intermediates(x))
 
 
 # Training with two heads, other habits

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis import lost as lost_instrument
 from analysis.lost import LostOptions, box_iou, component_box, corloc, dino_seg, lost
-from analysis.voc import open_voc, read_boxes
+from analysis.voc import open_voc, read_objects
 from analysis.walk import allow_any_size
 from models import MergeConfig, UserError
 
@@ -156,7 +156,7 @@ def test_a_damaged_annotation_is_named(tmp_path: Path) -> None:
     for text in ("<annotation><obj", "<annotation><object><bndbox><xmin>a</xmin></bndbox></object></annotation>"):
         file.write_text(text)
         with pytest.raises(UserError, match="torn.xml"):
-            read_boxes(file, no_hard=False)
+            read_objects(file, no_hard=False)
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="no Pascal VOC images in ../shared/data")

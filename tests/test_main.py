@@ -278,7 +278,7 @@ def test_a_recipe_gives_way_to_config_and_flags(tmp_path: Path) -> None:
 
 def test_every_flag_is_in_one_group() -> None:
     groups = [options.flags_of(group) for group in options.FLAG_GROUPS]
-    flags = frozenset(vars(parse())) - {"given"}
+    flags = frozenset(vars(parse())) - {"given", "schedule"}
     assert frozenset().union(*groups) == flags and sum(map(len, groups)) == len(flags)
     inference = options.flags_of(*options.INFERENCE_GROUPS)
     assert {"config", "model", "r", "tau_sim", "finetune", "dataset", "limit", "seed", "device"} <= inference

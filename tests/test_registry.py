@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from tiny import images, randomise
 
@@ -26,6 +27,7 @@ from models.registry import NAMES, TIMM_NAMES, native_model
 
 PROMISED = {f"deit_{size}{kind}" for size in ("tiny", "small", "base") for kind in ("", "_distilled")}
 PROMISED |= {f"deit3_{size}" for size in ("small", "medium", "base", "large")} | {"deit_digits"}
+PROMISED |= {f"dinov3_{size}" for size in ("small", "base", "large")}
 WIDTHS = {"tiny": 192, "small": 384, "medium": 512, "base": 768, "large": 1024, "digits": 96}
 
 
@@ -51,9 +53,12 @@ def test_our_names(name: str) -> None:
     assert isinstance(model, MergingViT)
     assert model.embed_dim == WIDTHS[name.split("_")[1]]
     assert (model.head_dist is not None) == name.endswith("_distilled")
-    assert hasattr(model.blocks[0].ls1, "gamma") == name.startswith("deit3")
+    is_eva = name.startswith("dinov3")
+    if not is_eva:
+        assert hasattr(model.blocks[0].ls1, "gamma") == name.startswith("deit3")
     native = native_model(name, depth=1, num_classes=5, img_size=32).eval()
-    assert type(native) is (VisionTransformerDistilled if name.endswith("_distilled") else VisionTransformer)
+    plain = Eva if is_eva else VisionTransformer
+    assert type(native) is (VisionTransformerDistilled if name.endswith("_distilled") else plain)
     native.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(images()), native(images()), rtol=1e-5, atol=1e-5)
 
@@ -63,8 +68,9 @@ def test_rows_have_their_published_depth_and_size(name: str) -> None:
     with torch.device("meta"):
         model = native_model(name)
     assert len(model.blocks) == (24 if "large" in name else 12)
-    assert model.patch_embed.num_patches == 196
-    assert model.num_classes == 1000
+    is_eva = name.startswith("dinov3")
+    assert model.patch_embed.num_patches == (256 if is_eva else 196)
+    assert model.num_classes == (0 if is_eva else 1000)
 
 
 def test_arguments_reach_the_model() -> None:
@@ -144,8 +150,7 @@ def test_unknown_tag_names_the_known_ones(name: str, named: str) -> None:
 
 UNSUPPORTED = {
     "swin_tiny_patch4_window7_224": "swin_tiny_patch4_window7_224",
-    "eva02_tiny_patch14_224": "eva02_tiny_patch14_224",
-    "vit_small_patch16_dinov3": "vit_small_patch16_dinov3",
+    "beit_base_patch16_224": "beit_base_patch16_224",
     "cait_xxs24_224": "cait_xxs24_224",
     "test_vit_relpos": "test_vit_relpos",
     "resnet50": "resnet50",
@@ -157,7 +162,7 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_families_are_named(name: str) -> None:
-    small = {"depth": 1} if name.startswith("vit_") and "dinov3" not in name else {}
+    small = {"depth": 1} if name.startswith("vit_") else {}
     with pytest.raises(ValueError, match="not supported") as caught:
         create_model(name, **small)
     assert UNSUPPORTED[name] in one_line(caught)
@@ -172,7 +177,7 @@ def test_unsupported_families_are_named(name: str) -> None:
         ({"drop_pth_rate": 0.1}, "create_model has no keyword drop_pth_rate; did you mean drop_path_rate"),
         ({"r": 16}, r"write merge=MergeConfig\(r=...\)"),
         ({"num_clases": 3}, "did you mean num_classes or no_embed_class"),
-        ({"features_only": True}, r"timm.create_model\('deit_tiny', features_only=True"),
+        ({"out_indices": (1,)}, "out_indices and feature_cls have no effect without features_only=True"),
         ({"pretrained": True, "checkpoint_path": "w.pth"}, "not both"),
         ({"checkpoint_path": "missing.pth"}, "missing.pth is not a file"),
         ({"checkpoint_path": __file__}, "cannot read .*test_registry.py: it is damaged"),

@@ -63,8 +63,8 @@ def test_the_map_is_the_one_the_block_attends_with(name: str) -> None:
             x = layer.before.x + fused
             torch.testing.assert_close(x + block.mlp(block.norm2(x)), layer.after.x, atol=1e-4, rtol=1e-4)
         if (layer.before.size > 1).any():
-            assert layer.bias is not None and layer.bias.max() > 0  # it counts merged tokens by their size
-        plain = block.attn(normed) if layer.bias is None else block.attn(normed, attn_mask=layer.bias)
+            assert layer.attention_inputs["attn_mask"].max() > 0  # it counts merged tokens by their size
+        plain = block.attn(normed, **layer.attention_inputs)
         torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
 
 

@@ -4,6 +4,7 @@ from .base import POOLINGS, Knob, Method, knob
 from .lgtm import LGTM
 from .mctf import MCTF
 from .pitome import PiToMe
+from .regtome import RegToMe
 from .tome import NoMerging, ToMe
 
 METHODS: dict[str, type[Method]] = {}
@@ -20,6 +21,7 @@ register(ToMe)
 register(MCTF)
 register(LGTM)
 register(PiToMe)
+register(RegToMe)
 
 
 def all_knobs() -> dict[str, Knob]:

@@ -132,8 +132,16 @@ class Method:
         return 0
 
     def needs_score(self) -> bool:
-        """True if the attention received is needed, which costs the fused attention kernel."""
+        """True if the attention received is needed, which from all tokens costs the fused attention kernel."""
         return self.pooling == "attention"
+
+    def score_queries(self, num_prefix_tokens: int) -> int | None:
+        """Whose attention the score is, where it is needed: that of the first so many tokens, or of all (None)."""
+        return None
+
+    def most(self, patches: int) -> int:
+        """The most tokens that may merge in a block that `patches` patch tokens enter."""
+        return patches // 2
 
     def amounts(self, count: int, layer: int) -> tuple[int, int]:
         """The tokens that block `layer` merges where the schedule says `count`, and those of them merged in windows."""
@@ -177,7 +185,8 @@ class Method:
         merge = self.match(candidates)
         pool = None if weight is None else build_pool_index(merge, weight)
         x = max_tokens(tokens.x, merge) if pool is None else pool_rows(tokens.x, pool)
-        return Merged(tokens.merged(x, merge), merge, pool)
+        by_size = pool if self.pooling == "size" else None
+        return Merged(tokens.merged(x, merge, by_size), merge, pool)
 
     def attend_merged(self, attn: MergingAttention, attention: Tensor, v: Tensor, merged: Merged) -> Tensor:
         """The merged attention map times the values of merged tokens, without merging the map: (B,M,H*D).
