@@ -136,6 +136,7 @@ def run(argv: Sequence[str]) -> None:
     """Measure and print."""
     own, main_argv = build_parser().parse_known_args(argv)
     check_heeded(main_argv, flags_of("merging") | HEEDED, "this table")
+    main_argv += ["--mixup", "0", "--cutmix", "0"]  # any batch size
     args = parse_args(main_argv)
     dist = init_distributed(args.device)
     model = new_model(args)
