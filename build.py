@@ -3,7 +3,7 @@
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -19,10 +19,13 @@ from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, w
 from distributed import Distributed, broadcast_object
 from engine import Precision, build_precision
 from losses import check_merging
+from memory import check_memory
 from models import MergeConfig, MergingViT, UserError, create_model
 from models.adapters import TARGETS, LoraSettings, add_lora
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
+from models.methods import all_knobs
+from models.parameters import freeze
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
 from models.weights import HEADS, extract_state_dict, load_weights, unwrap_state_dict
@@ -169,7 +172,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         num_classes: None is the model's own number.
     """
     tensors = weights.tensors()
-    model = _new_model(args, weights, tensors, num_classes, config, weights.pretrained)
+    model = _new_model(args, weights, tensors, num_classes, config)
     adapters = lora_settings(args)
     weights.check_same_adapters(adapters)
     if adapters is not None and weights.goes_on:
@@ -211,11 +214,23 @@ def build_hollow_model(
         raise UserError(message)
     if built is not None:
         return built
-    with torch.device("meta"):
-        model = _new_model(args, weights, weights.tensors(), num_classes, config, pretrained=False)
-        if adapters := lora_settings(args):
+    return BuiltModel(_hollow_model(args, weights, num_classes, config), fresh)
+
+
+def _hollow_model(args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig) -> MergingViT:
+    """Build the model of a training on the meta device, where tensors have shapes and no values."""
+    model = _new_model(args, weights, weights.tensors(), num_classes, config, hollow=True)
+    if adapters := lora_settings(args):
+        with torch.device("meta"):
             add_lora(model, adapters)
-    return BuiltModel(model, fresh)
+    freeze(model, trained_parts(args, model))
+    return model
+
+
+def trained_parts(args: Namespace, model: MergingViT) -> str:
+    """Return --train_only; its default beside --lora names registers, which the model may not have."""
+    named = args.train_only
+    return named if "train_only" in args.given or model.reg_token is not None else named.replace("registers,", "")
 
 
 def _new_model(
@@ -224,15 +239,16 @@ def _new_model(
     tensors: Mapping[str, Tensor] | None,
     num_classes: int | None,
     config: DataConfig,
-    pretrained: bool,
+    hollow: bool = False,
 ) -> MergingViT:
-    """Build the model with published weights or random ones."""
+    """Build the model with published weights or random ones; a hollow one, on the meta device, has shapes alone."""
     registers, register_layer = args.num_registers, args.register_layer
     if tensors is not None and registers is None and "reg_token" in tensors:
         registers = tensors["reg_token"].shape[1]
     if weights.stored is not None and register_layer is None and registers:
         register_layer = weights.stored.get("register_layer")
-    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
+    device = torch.device("meta") if hollow else nullcontext()
+    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags(), device:
         warnings.simplefilter("always", UserWarning)
         model = create_model(
             weights.name,
@@ -240,12 +256,12 @@ def _new_model(
             merge=weights.merging(args),
             num_classes=num_classes,
             img_size=config.input_size,
-            pretrained=pretrained,
+            pretrained=weights.pretrained and not hollow,
             register_layer=register_layer or 0,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
         )
-    for message in caught:
+    for message in caught if not hollow else ():
         log(f"warning: {message.message}")
     if args.schedule is not None:
         check_fits(args.schedule, args.schedule["path"], model)
@@ -362,6 +378,19 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device | str)
     return teacher.to(device).eval().requires_grad_(False)
 
 
+def build_own_teacher(args: Namespace, data: Data, device: torch.device | str) -> nn.Module:
+    """Build the unmerged model of --recover, frozen: the weights that a run starts from, without what it adds.
+
+    A resumed run loads them anew from where the run began.
+    """
+    plain = {**vars(args), "resume": None, "num_registers": None, "r": None, "merge": "none", "schedule": None}
+    plain |= {"gmacs": None, "speedup": None, "activate_layer": None, "eval": True, "lora": None, "drop": 0.0}
+    plain |= dict.fromkeys(all_knobs())
+    dense = Namespace(**plain)
+    teacher = build_model(dense, Weights(dense, args.model), data.num_classes, data.config).model
+    return teacher.to(device).eval().requires_grad_(False)
+
+
 def _teacher_from_file(name: str, path: str, num_classes: int, img_size: int | None) -> nn.Module:
     """Load a model of ours by our loading, any other by timm's, which knows the older names of each family."""
     weights = unwrap_state_dict(load_checkpoint(path), ema=True, source=path)
@@ -438,10 +467,17 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     data = _with_stored_classes(build_data(args, build_config(args, weights)), weights, args)
     for note in data.notes:
         log(f"note: {note}")
+    if not args.eval:
+        hollow = _hollow_model(args, weights, data.num_classes, data.config)
+        check_memory(args, hollow, dist, precision, weights.name)
     if args.fsdp:
         model, fresh = build_hollow_model(args, weights, data.num_classes, data.config, dist)
     else:
-        model, fresh = build_model(args, weights, data.num_classes, data.config)
+        model, fresh = build_model(args, weights, data.num_classes or None, data.config)
+    if not data.num_classes:  # unlabelled images
+        data = _with_classes_of(model, data, weights)
+    if args.recover:
+        _check_recoverable(model, fresh)
     if weights.goes_on:
         weights.check_same_model(model)
     model = model if args.fsdp else model.to(dist.device)
@@ -478,7 +514,7 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
         UserError: the data has classes that the checkpoint does not know, or a resumed training has other ones.
     """
     stored = tuple((weights.data or {}).get("class_names") or ())
-    if not stored or stored == data.class_names or not (args.eval or weights.resumed):
+    if not data.class_names or not stored or stored == data.class_names or not (args.eval or weights.resumed):
         return data
     if args.eval and set(data.class_names) <= set(stored):
         return with_classes(data, stored)
@@ -486,6 +522,21 @@ def _with_stored_classes(data: Data, weights: Weights, args: Namespace) -> Data:
         f"the classes of {weights.path} are not those of the data: {differing_classes(stored, data.class_names)}; "
         "give the data that it was trained on, or finetune it for these classes with --finetune"
     )
+
+
+def _with_classes_of(model: MergingViT, data: Data, weights: Weights) -> Data:
+    """Give unlabelled images the classes of the weights."""
+    names = tuple((weights.data or {}).get("class_names") or ()) or assumed_classes(model.num_classes) or ()
+    labels = readable_names(names)
+    return replace(data, num_classes=model.num_classes, class_names=names, class_labels=labels)
+
+
+def _check_recoverable(model: MergingViT, fresh: tuple[str, ...]) -> None:
+    """Refuse a recovery of a model that has nothing to recover, or nothing to recover to."""
+    if any(parameter.split(".")[0] in HEADS for parameter in fresh):
+        raise UserError("--recover keeps the classes of the weights, and these have a fresh head; finetune it first")
+    if model.merge.method == "none":
+        raise UserError("--recover has no effect without merging; give --r or --gmacs")
 
 
 def describe(model: MergingViT, weights: Weights, data: Data) -> None:

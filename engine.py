@@ -526,6 +526,13 @@ def evaluate(
     return [_scores(row, counts, agreement) for row in sums]
 
 
+@torch.no_grad()
+def answers(model: nn.Module, loader: EvalLoader, device: torch.device) -> np.ndarray:
+    """Return the most probable class (n,) of every image of a loader."""
+    found = [model(batch.images.to(device)).argmax(dim=1).cpu() for batch in loader]
+    return torch.cat(found).numpy()
+
+
 def _score(logits: Tensor, targets: Tensor, valid: Tensor, dense: Tensor | None) -> Tensor:
     """Sum correct@1, correct@5, loss, agree, kl and rows that are not finite over the readable images of a batch."""
     logits, targets = logits[valid].double(), targets[valid]

@@ -55,10 +55,12 @@ class Distillation:
         teacher: images -> logits (B,K), frozen.
         hard: cross entropy with the teacher's class; otherwise KL at temperature tau, times tau^2 / (B K).
         alpha: weight of this term; 1 - alpha is the weight of the labels.
+        whole: compare the model's whole prediction, of a distilled model the mean of both heads, and divide the KL by B
+            alone: for a teacher that is the unmerged model itself.
     """
 
-    def __init__(self, teacher: nn.Module, hard: bool, alpha: float, tau: float) -> None:
-        self.teacher, self.hard, self.alpha, self.tau = teacher, hard, alpha, tau
+    def __init__(self, teacher: nn.Module, hard: bool, alpha: float, tau: float, whole: bool = False) -> None:
+        self.teacher, self.hard, self.alpha, self.tau, self.whole = teacher, hard, alpha, tau, whole
 
     def __call__(self, logits: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -69,7 +71,8 @@ class Distillation:
         student = F.log_softmax(logits / self.tau, dim=1)
         teacher = F.log_softmax(teacher_logits / self.tau, dim=1)
         # tau^2 undoes the factor 1 / tau^2 of the gradients; DeiT divides by B K, not by B
-        return F.kl_div(student, teacher, reduction="sum", log_target=True) * self.tau**2 / logits.numel()
+        count = len(logits) if self.whole else logits.numel()
+        return F.kl_div(student, teacher, reduction="sum", log_target=True) * self.tau**2 / count
 
 
 @dataclass(frozen=True)
@@ -188,11 +191,12 @@ class Objective:
         return {"loss": torch.stack(terms).sum()} | {name: part.detach() for name, part in parts.items()}
 
     def _forward(self, model: nn.Module, images: Tensor, r: Schedule | None) -> _Pass:
-        if self.distillation is None and not self.passes.consistency_weight:
+        by_heads = self.distillation is not None and not self.distillation.whole
+        if not by_heads and not self.passes.consistency_weight:
             logits = model(images, r=r)  # nothing else is needed, so that no trace is kept
             return _Pass(logits, logits, logits, None)
         out = model(images, r=r, trace=True)
-        if self.distillation is None:
+        if not by_heads:
             return _Pass(out.logits, out.logits, out.logits, out.tokens[:, 0])
         logits_dist = out.logits_class if out.logits_dist is None else out.logits_dist
         return _Pass(out.logits, out.logits_class, logits_dist, out.tokens[:, 0])
@@ -279,7 +283,7 @@ def build_objective(args: Namespace, teacher: nn.Module | None = None, model: Me
     if args.distillation_type != "none":
         assert teacher is not None, "distillation needs a teacher"
         hard = args.distillation_type == "hard"
-        distillation = Distillation(teacher, hard, args.distillation_alpha, args.distillation_tau)
+        distillation = Distillation(teacher, hard, args.distillation_alpha, args.distillation_tau, whole=args.recover)
     if passes.full_weight or args.r_warmup_epochs:
         assert model is not None, "the pairing and the warm-up of r need the model"
         _check_model(model, passes, args.r_warmup_epochs)

@@ -25,12 +25,12 @@ from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
 from models.adapters import TARGETS
-from models.methods import METHODS, POOLINGS, all_knobs, methods_with
+from models.methods import AUTO, METHODS, POOLINGS, all_knobs, methods_with
 from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import PARTS, parse_train_only
 from models.registry import NAMES
 from models.schedule import format_schedule, parse_schedule
-from sources import DATASET_ALIASES, DATASETS, RECIPES
+from sources import DATASET_ALIASES, DATASETS, RECIPES, RECOVERY
 from utils import INTERRUPTED_STATUS, RunError, is_main_process, log, nearest, without_credentials
 
 DESCRIPTION = """\
@@ -40,6 +40,7 @@ torchrun --nproc_per_node=8 main.py --model deit_small --r 16 --num_registers 4
 python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
 """
 LORA_TRAINS = "lora,registers,head"  # what --lora trains unless --train_only says more; registers if there are any
+RECOVERED_PLAINLY = ("three_augment", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount")
 WARMUP_EPOCHS = 5  # DeiT's, for its 300 epochs
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
 
@@ -294,7 +295,9 @@ def _model_flags(parser: Parser) -> None:
 def _merging_flags(parser: Parser) -> None:
     """Add the schedule, and a flag for every setting of every method in `models/methods`."""
     group = parser.add_argument_group("merging (settings default to the method's published values)")
-    group.add_argument("--merge", choices=tuple(METHODS), help="default: tome if --r or --r_evals is given")
+    group.add_argument(
+        "--merge", choices=(*METHODS, "auto"), help=f"auto: {AUTO}; default: tome if --r or --r_evals is given"
+    )
     text = "tokens per block: 16, ratio 0.35, list 16,0,8, '(16,-1)', or the json file of a searched schedule"
     group.add_argument("--r", metavar="R", help=text)
     group.add_argument("--activate_layer", type=block_list, metavar="1,2,11", help="blocks that merge")
@@ -350,6 +353,8 @@ def _augmentation_flags(parser: Parser) -> None:
 
 def _objective_flags(parser: Parser) -> None:
     group = parser.add_argument_group("objective")
+    text = "bring the merged model back to its own unmerged weights, as the teacher: no labels, few updates"
+    add_boolean(group, "recover", False, text)
     group.add_argument("--distillation_type", default="none", choices=("none", "soft", "hard"))
     group.add_argument("--teacher_model", default="regnety_160.deit_in1k", metavar="NAME", help="any timm model")
     group.add_argument("--teacher_path", type=nonempty, metavar="FILE|URL")
@@ -501,11 +506,12 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         log("as named flags: main.py " + " ".join(named))
     parser = build_parser()
     defaults, given = parser.defaults(), _given(parser, named)
-    recipe = RECIPES.get(given.get("dataset", defaults["dataset"]), {})
+    recipe = RECIPES.get(given.get("dataset", defaults["dataset"]), {}) | (RECOVERY if given.get("recover") else {})
     args = Namespace(**(defaults | recipe | given), given=sorted(given))
     if args.eval:
         _check_idle(parser.given(named))
     read_schedule_flag(args)
+    args.merge = AUTO if args.merge == "auto" else args.merge
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
     if args.lora and "train_only" not in given:
@@ -687,10 +693,13 @@ def check_rules(args: Namespace) -> None:
         raise UserError("--resume auto looks into --output_dir, which is not given; add it")
     if args.opt_betas and args.opt.startswith(("adam", "lamb", "nadam", "radam")) and len(args.opt_betas) != 2:
         raise UserError(f"--opt_betas needs two numbers for {args.opt}, not {len(args.opt_betas)}")
+    if args.eval and args.dataset == "IMAGES":
+        raise UserError("--dataset IMAGES has no labels to score; evaluate on a data set with classes")
     if not args.eval:
         _check_evaluation_flags(args)
         _check_augmentation(args)
         _check_objective(args)
+        _check_recovery(args)
         _check_distillation(args)
         _check_optimizer_names(args)
         _check_trained_parts(args)
@@ -758,6 +767,20 @@ def _check_objective(args: Namespace) -> None:
         )
     if not args.full_r_max > 0 or (args.full_r_max >= 1 and args.full_r_max != int(args.full_r_max)):
         raise UserError(f"--full_r_max must be an integer >= 1 or a ratio between 0 and 1, not {args.full_r_max}")
+
+
+def _check_recovery(args: Namespace) -> None:
+    """Refuse what does not go with a teacher that is the unmerged model itself, and unlabelled images without it."""
+    if not args.recover:
+        if args.dataset == "IMAGES":
+            raise UserError("--dataset IMAGES has no labels to learn from or to score; it goes with --recover")
+        return
+    for flag in ("distillation_type", "distillation_alpha", "teacher_model", "teacher_path"):
+        if flag in args.given:
+            raise UserError(f"--recover distils softly from the model's own unmerged weights; leave --{flag} out")
+    for flag in RECOVERED_PLAINLY:
+        if flag in args.given:
+            raise UserError(f"--{flag} has no effect with --recover, whose images are shifted and flipped alone")
 
 
 def _check_distillation(args: Namespace) -> None:

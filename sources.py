@@ -50,6 +50,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "repeated_aug": False,
     }
 }
+# the same for --recover: few updates at a small rate
+RECOVERY: dict[str, Any] = {
+    "distillation_type": "soft",
+    "distillation_alpha": 1.0,
+    "epochs": 4,
+    "batch_size": 32,  # lr after scaling by batch / 512 is 3e-5
+    "weight_decay": 0.0,
+    "drop_path": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "smoothing": 0.0,
+    "repeated_aug": False,
+    "model_ema": False,
+}
+HELD_OUT = 10  # every so many-th image of unlabelled ones is for validation, unless --val_path names others
 DIGITS_MEAN, DIGITS_STD = (0.3097,) * 3, (0.3490,) * 3  # of its training images at 32 pixels
 MAX_CLASSES = 100_000  # that numbers may ask for: each is a name here and a row of the head
 MAX_JSON = 1_000_000  # bytes of a json member beside an image of a shard; a larger one is not read
@@ -504,6 +519,17 @@ def _image_files(folder: str) -> Iterator[str]:
                 yield entry.path
 
 
+def _unlabelled(args: Namespace, root: Path, size: int) -> Splits:
+    """Open any folder or tree of images, without classes; labels are all 0, until `Trainer` takes the teacher's."""
+    if not root.exists():
+        raise missing_data(args, f"{root} does not exist")
+    files = find_images([root], "--data_path")
+    held_out = find_images([args.val_path], "--val_path") if args.val_path else files[::HELD_OUT]
+    others = set(held_out)
+    train = [file for file in files if file not in others] or files
+    return Splits(FileSource("", train, [0] * len(train)), FileSource("", held_out, [0] * len(held_out)), ())
+
+
 def _inaturalist_tree(args: Namespace, root: Path, size: int) -> Splits:
     """Open iNaturalist 2021, a folder per species: its own names of the splits, or those of torchvision's download."""
     named = {"train": ("train", "2021_train", "train_mini", "2021_train_mini"), "val": ("val", "2021_valid")}
@@ -803,6 +829,7 @@ class DatasetInfo(NamedTuple):
     whole: bool = False  # whether a crop would cut off what an image shows
     lists: bool = False  # whether --data_path may be a list of one split, and --val_path that of the other
     files: bool = True  # whether it has any
+    labels: bool = True
 
 
 _TREE = "{0}/train/CLASS/*.JPEG and {0}/val/CLASS/*.JPEG (--eval needs val only)"
@@ -823,6 +850,13 @@ DATASETS = {
         "get 102flowers.tgz and both files from robots.ox.ac.uk/~vgg/data/flowers/102",
     ),
     "FOLDER": DatasetInfo(_tree, _TREE, "one folder of images per class"),
+    "IMAGES": DatasetInfo(
+        _unlabelled,
+        "{0}, a folder or tree of images, of which --val_path may name others to evaluate on",
+        "any images will do",
+        lists=True,
+        labels=False,
+    ),
     "WDS": DatasetInfo(
         _shards,
         "{0}/train*.tar and {0}/val*.tar, or a pattern like shards/{{split}}-{{000..146}}.tar, or two lists, "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from build import build_teacher, data_record, lora_settings, prepare
+from build import build_own_teacher, build_teacher, data_record, lora_settings, prepare, trained_parts
 from calibration import write_result
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
 from datasets import (
@@ -23,7 +23,7 @@ from datasets import (
     unnormalise,
 )
 from distributed import Distributed, barrier
-from engine import EpochLog, RunControl, Scores, UnreadableImages, build_learner, evaluate, train_one_epoch
+from engine import EpochLog, RunControl, Scores, UnreadableImages, answers, build_learner, evaluate, train_one_epoch
 from linear_probe import init_head
 from losses import build_mixup, build_objective
 from models import UserError
@@ -32,6 +32,7 @@ from models.parameters import freeze, parameter_groups
 from resume import Sampling, continuation
 from runfolder import RunFolder, claimed
 from sharding import shard
+from sources import DATASETS
 from utils import (
     RunError,
     StopSignal,
@@ -96,7 +97,7 @@ class Trainer:
         for line in (smaller_batch and f"note: {smaller_batch}", self.train_loader.describe()):
             if line:
                 log(line)
-        teacher = build_teacher(args, self.data.num_classes, dist.device)
+        teacher = self._build_teacher()
         objective = build_objective(args, teacher, self.module)
         groups = parameter_groups(self.module, args.weight_decay, args.register_lr_mult, args.layer_decay)
         mixup = build_mixup(args, self.data.num_classes)
@@ -114,11 +115,21 @@ class Trainer:
         self.first_epoch = self.epoch
         self.writer = tensorboard(args.output_dir, dist.is_main, self.epoch if self.epoch or place.pending else None)
 
+    def _build_teacher(self) -> nn.Module | None:
+        """Build the teacher; unlabelled images get its answers as labels to be evaluated against."""
+        args, device = self.args, self.dist.device
+        if not args.recover:
+            return build_teacher(args, self.data.num_classes, device)
+        teacher = build_own_teacher(args, self.data, device)
+        if DATASETS[args.dataset].labels:
+            return teacher
+        log("no labels: accuracy is the agreement with the unmerged model")
+        self.data.val.targets[:] = answers(teacher, build_eval_loader(args, self.data.val, 0, 1), device)
+        return teacher
+
     def _freeze(self) -> None:
         """Leave only trainable what --train_only names, and say how much that is."""
-        named = self.args.train_only
-        if self.module.reg_token is None and "train_only" not in self.args.given:
-            named = named.replace("registers,", "")
+        named = trained_parts(self.args, self.module)
         trainable = freeze(self.module, named)
         if named != "all":
             parts = ", ".join(f"{part} {count:,}" for part, count in trainable.items())

@@ -112,9 +112,10 @@ class MergingAttention(nn.Module):
         *arguments: Any,
         readout: Readout | None = None,
         merge_ahead: MergeAhead | None = None,
+        readers: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Attention of tokens (B,N,C) -> (B,N,C), or (B,M,C) with `merge_ahead`.
+        """Attention of tokens (B,N,C) -> (B,N,C), or (B,M,C) with `merge_ahead`, or (B,readers,C).
 
         Args:
             arguments, options: timm's own, among them `attn_mask`, an additive key bias (B,1,1,N) that is never
@@ -122,7 +123,10 @@ class MergingAttention(nn.Module):
             readout: receives keys and, if it asks for it, the attention received.
             merge_ahead: merges by the attention received (B,H,N,N) map and returns the normed tokens (B,M,C) that are
                 left, and the product of map and values (B,M,H*D).
+            readers: only the first so many tokens, which are prefix tokens, attend to all.
         """
+        if readers is not None:
+            return attend_from(self, x, readers, options.get("attn_mask"), options.get("rope"))
         if merge_ahead is not None:
             q, k = project_qk(self, x, options.get("rope"))
             attention = attention_map(self, q, k, options.get("attn_mask"))
@@ -174,7 +178,9 @@ class MergingBlock(nn.Module):
         if call is None:
             return super().forward(x, **options)
         tokens = call.tokens._replace(x=x)
-        if call.plan.r == 0:
+        if call.plan.readers is not None:
+            call.tokens = read_out(self, tokens, call.plan, call.plan.readers, call.rule)
+        elif call.plan.r == 0:
             x = super().forward(x, **(attention_inputs(tokens, call.plan, call.rule) | options))
             call.tokens = tokens._replace(x=x)
         else:
@@ -267,23 +273,31 @@ def merging_block(block: Any) -> MergingBlock:
 class Costs(NamedTuple):
     """Multiply-adds per token of a block's parts, and the width of its attention."""
 
-    qk: int  # queries and keys
-    v: int  # values
+    q: int
+    k: int
+    v: int
     out: int  # the projection after attention, with its gate
     mlp: int
     width: int  # H * D
 
     def attention(self, tokens: int) -> int:
         """A whole attention layer: q, k, v, map, product, projection."""
-        return tokens * (self.qk + self.v + self.out) + 2 * tokens**2 * self.width
+        return tokens * (self.q + self.k + self.v + self.out) + 2 * tokens**2 * self.width
 
     def map_alone(self, tokens: int) -> int:
         """Query, key and their product."""
-        return tokens * self.qk + tokens**2 * self.width
+        return tokens * (self.q + self.k) + tokens**2 * self.width
 
 
 class Place(Protocol):
-    """Where in a block tokens merge: how the block then runs, and what it costs."""
+    """Where in a block tokens merge: how the block then runs, and what it costs.
+
+    Attributes:
+        after_attention: whether all tokens attend before any merge, so that what the prefix becomes in this block does
+            not depend on the merge.
+    """
+
+    after_attention: bool
 
     def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
         """The block on N tokens, of which plan.r > 0 merge."""
@@ -294,6 +308,8 @@ class Place(Protocol):
 
 class AfterAttention:
     """ToMe's place (arXiv 2210.09461): tokens are compared by their keys and merge between attention and MLP."""
+
+    after_attention = True
 
     def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
         """See `Place.run`."""
@@ -314,6 +330,8 @@ class AfterAttention:
 
 class OneStepAhead:
     """MCTF's place (arXiv 2403.10030): the attention map of all tokens says which merge, and serves merged ones."""
+
+    after_attention = False
 
     def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
         """See `Place.run`."""
@@ -341,6 +359,8 @@ class OneStepAhead:
 class AttendAgain:
     """MCTF's precise place: the attention map of all tokens says which merge, and merged ones attend anew."""
 
+    after_attention = False
+
     def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
         """See `Place.run`."""
         with torch.no_grad():
@@ -363,6 +383,8 @@ class AttendAgain:
 class AfterMlp:
     """MCTF's place without looking ahead: an ordinary block, whose output merges by that block's attention."""
 
+    after_attention = True
+
     def run(self, block: MergingBlock, tokens: Tokens, plan: BlockPlan, rule: Method) -> BlockOutput:
         """See `Place.run`."""
         inputs = attention_inputs(tokens, plan, rule)
@@ -379,6 +401,26 @@ class AfterMlp:
 
 AFTER_ATTENTION, ONE_STEP_AHEAD, ATTEND_AGAIN, AFTER_MLP = AfterAttention(), OneStepAhead(), AttendAgain(), AfterMlp()
 PLACES: tuple[Place, ...] = (AFTER_ATTENTION, ONE_STEP_AHEAD, ATTEND_AGAIN, AFTER_MLP)
+
+
+# The last block, where only some tokens are read
+
+
+def read_out(block: MergingBlock, tokens: Tokens, plan: BlockPlan, readers: int, rule: Method) -> Tokens:
+    """A block of which only the first tokens are read: exact for these, whatever would have merged after attention.
+
+    Keys and values of all tokens are computed, and everything else for the readers alone, which are all that is left.
+    """
+    y = block.attn(block.norm1(tokens.x), **attention_inputs(tokens, plan, rule), readers=readers)
+    x = mlp_residual(block, attention_residual(block, tokens.x[:, :readers], y))
+    size = tokens.size[:, :readers]
+    return tokens._replace(x=x, size=size, num_prefix_tokens=readers, carried={}, positions=None)
+
+
+def read_out_macs(costs: Costs, tokens: int, readers: int) -> int:
+    """Multiply-adds of `read_out`."""
+    every = tokens * (costs.k + costs.v) + 2 * readers * tokens * costs.width
+    return every + readers * (costs.q + costs.out + costs.mlp)
 
 
 # Parts of a block
@@ -435,6 +477,23 @@ def attend(
         return y, keys, attention_score(attention)
     score = score_from(attn, q, k, bias, queries) if with_score and queries is not None else None
     return project_out(attn, x, join_heads(attention_product(attn, q, k, v, bias))), keys, score
+
+
+def attend_from(
+    attn: MergingAttention, x: Tensor, readers: int, bias: Tensor | None = None, rope: Tensor | None = None
+) -> Tensor:
+    """timm's attention of the first tokens to all of them: (B,N,C) -> (B,readers,C).
+
+    Args:
+        readers: prefix tokens, from the first, whose queries no angle turns.
+    """
+    first = x[:, :readers]
+    q = attn.q_norm(split_heads(attn, _project(attn, first, 0, 1)[0]))
+    k, v = (split_heads(attn, part) for part in _project(attn, x, 1, 3))
+    k = attn.k_norm(k)
+    if rope is not None:
+        q, k = q.to(v.dtype), rotate(k, rope, attn.rotate_half, v.dtype)
+    return project_out(attn, first, join_heads(attention_product(attn, q, k, v, bias)))
 
 
 def attention_score(attention: Tensor) -> Tensor:

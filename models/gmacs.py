@@ -5,46 +5,55 @@ every width, MLP and head counts as it is. N tokens enter a block, M leave it.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
 
-from .blocks import Costs, MergingBlock
+from .blocks import Costs, MergingBlock, read_out_macs
 from .methods.base import Method
 from .schedule import TokenPlan
 from .vit import MergingViT
 
 
-def gmacs(model: MergingViT, r: Any = None, img: int | tuple[int, int] | None = None) -> float:
-    """Multiply-adds per image, in 1e9.
+def gmacs(model: MergingViT, r: Any = None, img: int | tuple[int, int] | None = None, inference: bool = False) -> float:
+    """Multiply-adds per image, in 1e9, as papers count them: all tokens that are left go through all blocks.
 
     Args:
         r: a schedule in any form of `MergeConfig.r`, or a `TokenPlan`; None is the model's own.
         img: image side(s) in pixels; None is the model's own.
+        inference: count what is computed in evaluation mode, where the last block may serve the tokens alone that are
+            pooled, see `MergingViT.readers`.
     """
     patches = _patches(model, img)
     plan = r if isinstance(r, TokenPlan) else model.plan(r, patches)
     macs = model.patch_embed.proj.weight.numel() * patches
-    left, blocks = patches, cast(Iterable[MergingBlock], model.blocks)
+    left, blocks = patches, cast(Sequence[MergingBlock], model.blocks)
+    readers = model.readers(plan) if inference else None
     for block, prefix, merged in zip(blocks, model.prefixes(), plan.merges, strict=True):
-        macs += block_macs(block, left + prefix, left + prefix - merged, model.merge.rule)
+        reading = readers if block is blocks[-1] else None
+        macs += block_macs(block, left + prefix, left + prefix - merged, model.merge.rule, reading)
         if model.rope_mixed and left < patches:
             macs += mixed_rope_macs(block, left + prefix, patches)
         left -= merged
     return (macs + head_macs(model, left + model.num_prefix_tokens)) / 1e9
 
 
-def block_macs(block: MergingBlock, tokens: int, left: int, rule: Method) -> int:
-    """Multiply-adds of a block that N tokens enter and M leave, by the place where the method merges."""
+def block_macs(block: MergingBlock, tokens: int, left: int, rule: Method, readers: int | None = None) -> int:
+    """Multiply-adds of a block that N tokens enter and M leave, by the place where the method merges.
+
+    Args:
+        readers: the first tokens, which alone are computed to the end; None: all.
+    """
     attn, mlp = block.attn, linear_macs(block.mlp)
     out = linear_macs(attn.proj) + (0 if attn.gate is None else linear_macs(attn.gate))
     if attn.qkv is None:
-        qk, v = linear_macs(attn.q_proj) + linear_macs(attn.k_proj), linear_macs(attn.v_proj)
+        q, k, v = (linear_macs(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
     else:
-        v = linear_macs(attn.qkv) // 3
-        qk = 2 * v
-    costs = Costs(qk, v, out, mlp, attn.num_heads * attn.head_dim)
+        q = k = v = linear_macs(attn.qkv) // 3
+    costs = Costs(q, k, v, out, mlp, attn.num_heads * attn.head_dim)
+    if readers is not None:
+        return read_out_macs(costs, tokens, readers)
     if tokens == left:
         return costs.attention(tokens) + tokens * mlp
     return rule.place().macs(costs, tokens, left)

@@ -264,8 +264,8 @@ def group_map(merge: Merge) -> Tensor:
     """The map itself: (B,N) with values in [0,M)."""
     batch, left = merge.keep.shape
     ranks = torch.arange(left, device=merge.keep.device).expand(batch, -1)
-    group = torch.empty(batch, left + merge.into.shape[1], dtype=torch.long, device=merge.keep.device)
-    return group.scatter(1, merge.keep, ranks).scatter(1, merge.source, merge.into)
+    tokens = torch.cat((merge.keep, merge.source), dim=1)  # each once: one scatter, which an export turns into a sort
+    return torch.empty_like(tokens).scatter(1, tokens, torch.cat((ranks, merge.into), dim=1))
 
 
 def merge_by_map(x: Tensor, group: Tensor, groups: int, weight: Tensor | None = None) -> Tensor:

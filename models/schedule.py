@@ -33,12 +33,14 @@ class BlockPlan(NamedTuple):
         layer, depth: which block of how many.
         r: tokens to merge in all.
         local: those of them that merge inside windows, for methods that have windows.
+        readers: the first tokens, which alone leave the block; None: all do. Nothing merges then.
     """
 
     layer: int
     depth: int
     r: int
     local: int = 0
+    readers: int | None = None
 
 
 class TokenPlan(NamedTuple):
@@ -49,15 +51,17 @@ class TokenPlan(NamedTuple):
     local: tuple[int, ...]  # those of `merges` that merge inside windows
     asked: tuple[int, ...]  # what the schedule would merge, if there were tokens enough
     depth: int  # blocks that the schedule is made for; a pruned model has fewer
+    readers: int | None = None  # the first tokens, which alone leave the last block (`MergingViT.readers`); None: all
 
     def block(self, layer: int) -> BlockPlan:
         """The part of one block."""
-        return BlockPlan(layer, self.depth, self.merges[layer], self.local[layer])
+        readers = self.readers if layer == len(self.merges) - 1 else None
+        return BlockPlan(layer, self.depth, self.merges[layer], self.local[layer], readers)
 
     def first(self, blocks: int) -> TokenPlan:
         """The part of the first blocks."""
-        merges, counts, local, asked, depth = self
-        return TokenPlan(merges[:blocks], counts[:blocks], local[:blocks], asked[:blocks], depth)
+        cut = {name: getattr(self, name)[:blocks] for name in ("merges", "counts", "local", "asked")}
+        return self._replace(**cut)
 
     @property
     def clamped(self) -> tuple[int, ...]:

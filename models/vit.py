@@ -372,7 +372,7 @@ class MergingViT(VisionTransformer):
         Returns:
             Logits; in training after `set_distilled_training` those of the class token and of the distillation token.
         """
-        plan, layers = self._blocks(images, r, trace, attn_mask, is_causal)
+        plan, layers = self._blocks(images, r, trace, attn_mask, is_causal, pooled=not trace)
         groups: list[Tensor] = []
         for layer in layers:
             tokens = layer.after
@@ -389,9 +389,19 @@ class MergingViT(VisionTransformer):
         return logits
 
     def _blocks(
-        self, images: Tensor, r: Any, follow: bool, attn_mask: Tensor | None, is_causal: bool
+        self,
+        images: Tensor,
+        r: Any,
+        follow: bool,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        pooled: bool = False,
     ) -> tuple[TokenPlan, Iterator[Layer]]:
-        """The plan of a forward, and its blocks. Nobody here holds on to the patch embedding while they run."""
+        """The plan of a forward, and its blocks. Nobody here holds on to the patch embedding while they run.
+
+        Args:
+            pooled: of the tokens that leave the last block, only what is pooled will be read.
+        """
         if isinstance(images, torch.fx.Proxy):
             raise UserError(
                 "torch.fx (create_feature_extractor) cannot trace this model: its shapes follow from the tokens left; "
@@ -402,7 +412,24 @@ class MergingViT(VisionTransformer):
         tokens = self.embed(images, follow)
         plan = self.plan(r, tokens.x.shape[1])
         masking = self._masking(plan, attn_mask, is_causal)
+        if pooled and not masking and not self.training:
+            plan = plan._replace(readers=self.readers(plan))
         return plan, self.layers(tokens, plan, masking=masking)
+
+    def readers(self, plan: TokenPlan) -> int | None:
+        """The first tokens, which alone need the last block's queries, projection and MLP; None: all tokens do.
+
+        Where class (and distillation) token are all that is pooled, what becomes of the others in the last block is
+        never seen: logits are the same without it, up to the order of sums. Not so for a method that merges before
+        attention, or where a hook may look at the last block or the final norm. Training computes all tokens, and so
+        does a forward that merges nothing, whose logits are timm's to the bit.
+        """
+        pools_tokens = self.global_pool == "token" and self.attn_pool is None and self.num_class_tokens > 0
+        if not pools_tokens or not any(plan.merges):
+            return None
+        if plan.merges[-1] and not self.merge.rule.place().after_attention:
+            return None
+        return None if _hooked(self.blocks[-1]) or _hooked(self.norm) else self.num_class_tokens
 
     def _masking(self, plan: TokenPlan, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
         """A mask as the blocks take it. It says who sees whom, and after a merge there is nobody to say it of."""
@@ -692,6 +719,14 @@ def _weighted_mean(x: Tensor, size: Tensor) -> Tensor:
     """Mean of tokens (B,M,C) by their sizes (B,M): (B,C)."""
     weight = (size / size.sum(dim=1, keepdim=True)).to(x.dtype)
     return (x * weight.unsqueeze(-1)).sum(dim=1)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a hook was put on a module or a part of it."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+    )
 
 
 def apply_merging(

@@ -474,7 +474,7 @@ def test_trace(distilled: bool) -> None:
     assert len(out.groups) == 3
     assert torch.equal(out.groups[0], out.groups[1])
     assert_groups(out, PATCHES, (11, 11, 8))
-    assert torch.equal(out.logits, model(images(3)))
+    torch.testing.assert_close(out.logits, model(images(3)), rtol=0, atol=1e-6)
     assert torch.equal(model.forward_features(images(3)), out.tokens)
 
 
