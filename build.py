@@ -3,7 +3,7 @@
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -19,11 +19,13 @@ from datasets import WHOLE_PIXELS, Data, DataConfig, build_data, with_classes, w
 from distributed import Distributed, broadcast_object
 from engine import Precision, build_precision
 from losses import check_merging
+from memory import check_memory
 from models import MergeConfig, MergingViT, UserError, create_model
 from models.adapters import TARGETS, LoraSettings, add_lora
 from models.errors import NoWeightsError
 from models.gmacs import gmacs
 from models.methods import all_knobs
+from models.parameters import freeze
 from models.registry import NAMES, OWN_SIZES, check_name, data_settings, quick_when_offline, timm_name
 from models.schedule import Inflection, Schedule, format_schedule, parse_schedule
 from models.weights import HEADS, extract_state_dict, load_weights, unwrap_state_dict
@@ -170,7 +172,7 @@ def build_model(args: Namespace, weights: Weights, num_classes: int | None, conf
         num_classes: None is the model's own number.
     """
     tensors = weights.tensors()
-    model = _new_model(args, weights, tensors, num_classes, config, weights.pretrained)
+    model = _new_model(args, weights, tensors, num_classes, config)
     adapters = lora_settings(args)
     weights.check_same_adapters(adapters)
     if adapters is not None and weights.goes_on:
@@ -212,11 +214,23 @@ def build_hollow_model(
         raise UserError(message)
     if built is not None:
         return built
-    with torch.device("meta"):
-        model = _new_model(args, weights, weights.tensors(), num_classes, config, pretrained=False)
-        if adapters := lora_settings(args):
+    return BuiltModel(_hollow_model(args, weights, num_classes, config), fresh)
+
+
+def _hollow_model(args: Namespace, weights: Weights, num_classes: int | None, config: DataConfig) -> MergingViT:
+    """Build the model of a training on the meta device, where tensors have shapes and no values."""
+    model = _new_model(args, weights, weights.tensors(), num_classes, config, hollow=True)
+    if adapters := lora_settings(args):
+        with torch.device("meta"):
             add_lora(model, adapters)
-    return BuiltModel(model, fresh)
+    freeze(model, trained_parts(args, model))
+    return model
+
+
+def trained_parts(args: Namespace, model: MergingViT) -> str:
+    """Return --train_only; its default beside --lora names registers, which the model may not have."""
+    named = args.train_only
+    return named if "train_only" in args.given or model.reg_token is not None else named.replace("registers,", "")
 
 
 def _new_model(
@@ -225,15 +239,16 @@ def _new_model(
     tensors: Mapping[str, Tensor] | None,
     num_classes: int | None,
     config: DataConfig,
-    pretrained: bool,
+    hollow: bool = False,
 ) -> MergingViT:
-    """Build the model with published weights or random ones."""
+    """Build the model with published weights or random ones; a hollow one, on the meta device, has shapes alone."""
     registers, register_layer = args.num_registers, args.register_layer
     if tensors is not None and registers is None and "reg_token" in tensors:
         registers = tensors["reg_token"].shape[1]
     if weights.stored is not None and register_layer is None and registers:
         register_layer = weights.stored.get("register_layer")
-    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags():
+    device = torch.device("meta") if hollow else nullcontext()
+    with warnings.catch_warnings(record=True) as caught, _ways_out_in_flags(), device:
         warnings.simplefilter("always", UserWarning)
         model = create_model(
             weights.name,
@@ -241,12 +256,12 @@ def _new_model(
             merge=weights.merging(args),
             num_classes=num_classes,
             img_size=config.input_size,
-            pretrained=pretrained,
+            pretrained=weights.pretrained and not hollow,
             register_layer=register_layer or 0,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
         )
-    for message in caught:
+    for message in caught if not hollow else ():
         log(f"warning: {message.message}")
     if args.schedule is not None:
         check_fits(args.schedule, args.schedule["path"], model)
@@ -452,6 +467,9 @@ def prepare(args: Namespace, dist: Distributed) -> Prepared:
     data = _with_stored_classes(build_data(args, build_config(args, weights)), weights, args)
     for note in data.notes:
         log(f"note: {note}")
+    if not args.eval:
+        hollow = _hollow_model(args, weights, data.num_classes, data.config)
+        check_memory(args, hollow, dist, precision, weights.name)
     if args.fsdp:
         model, fresh = build_hollow_model(args, weights, data.num_classes, data.config, dist)
     else:

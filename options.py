@@ -25,7 +25,7 @@ from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
 from models.adapters import TARGETS
-from models.methods import METHODS, POOLINGS, all_knobs, methods_with
+from models.methods import AUTO, METHODS, POOLINGS, all_knobs, methods_with
 from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import PARTS, parse_train_only
 from models.registry import NAMES
@@ -295,7 +295,9 @@ def _model_flags(parser: Parser) -> None:
 def _merging_flags(parser: Parser) -> None:
     """Add the schedule, and a flag for every setting of every method in `models/methods`."""
     group = parser.add_argument_group("merging (settings default to the method's published values)")
-    group.add_argument("--merge", choices=tuple(METHODS), help="default: tome if --r or --r_evals is given")
+    group.add_argument(
+        "--merge", choices=(*METHODS, "auto"), help=f"auto: {AUTO}; default: tome if --r or --r_evals is given"
+    )
     text = "tokens per block: 16, ratio 0.35, list 16,0,8, '(16,-1)', or the json file of a searched schedule"
     group.add_argument("--r", metavar="R", help=text)
     group.add_argument("--activate_layer", type=block_list, metavar="1,2,11", help="blocks that merge")
@@ -509,6 +511,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     if args.eval:
         _check_idle(parser.given(named))
     read_schedule_flag(args)
+    args.merge = AUTO if args.merge == "auto" else args.merge
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
     if args.lora and "train_only" not in given:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from build import build_own_teacher, build_teacher, data_record, lora_settings, prepare
+from build import build_own_teacher, build_teacher, data_record, lora_settings, prepare, trained_parts
 from calibration import write_result
 from checkpoint import check_resumable, rng_state, save_checkpoint, set_rng_state
 from datasets import (
@@ -129,9 +129,7 @@ class Trainer:
 
     def _freeze(self) -> None:
         """Leave only trainable what --train_only names, and say how much that is."""
-        named = self.args.train_only
-        if self.module.reg_token is None and "train_only" not in self.args.given:
-            named = named.replace("registers,", "")
+        named = trained_parts(self.args, self.module)
         trainable = freeze(self.module, named)
         if named != "all":
             parts = ", ".join(f"{part} {count:,}" for part, count in trainable.items())

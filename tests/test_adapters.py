@@ -22,11 +22,12 @@ from models.gmacs import gmacs
 from models.parameters import freeze, parameter_groups
 from models.weights import read_weights
 from options import parse_args
-from run import export, predict
+from run import export, finetuning, predict
 from run.kill_test import checkpoint
 
 pytest.importorskip("peft", reason="peft is not installed")
 Capture = pytest.CaptureFixture[str]
+ROOT = Path(main.__file__).parent
 SETTINGS = LoraSettings(rank=2, alpha=3.0)
 NONE = MergeConfig(method="none")
 
@@ -285,3 +286,17 @@ def test_a_mistake_is_one_line(capsys: Capture, flags: list[str], words: list[st
 def test_without_peft_lora_says_what_to_install(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.errors.find_spec", lambda name: None)
     assert "peft not installed; pip install" in refusal(capsys, digits("--lora", 2))
+
+
+def test_the_recipe_for_few_images_is_taken() -> None:
+    args = parse_args(["--config", str(ROOT / "run" / "few_images.yaml"), "--data_path", "x", "--model", "deit_small"])
+    assert (args.head_init, args.layer_decay, args.repeated_aug, args.mixup) == ("probe", 0.75, False, 0)
+
+
+def test_the_table_of_ways_to_finetune(capsys: Capture) -> None:
+    argv = "--model deit_digits --num_registers 1 --r 2 --batch_size 2 --rounds 1 --device cpu".split()
+    assert finetuning.main(argv) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == list(finetuning.WAYS)
+    assert finetuning.main([*argv, "--lr", "1"]) == 2
+    assert "--lr has no effect on this table" in capsys.readouterr().err

@@ -21,11 +21,12 @@ from distributed import Distributed, close_distributed, init_distributed
 from engine import Learner, build_learner
 from linear_probe import init_head
 from losses import build_mixup, build_objective
+from memory import held
 from models import MergeConfig
 from models.adapters import LoraSettings, add_lora
 from models.parameters import freeze, parameter_groups
 from run.kill_test import checkpoint, log_lines
-from sharding import load_whole, local, shard
+from sharding import load_whole, shard
 
 CASES: dict[str, list[object]] = {
     "tome": ["--clip_grad", 0.5, "--accumulation_steps", 2, "--layer_decay", 0.7, "--smoothing", 0.1],
@@ -70,15 +71,6 @@ def updates(learner: Learner, dist: Distributed, count: int) -> list[dict[str, f
     return sums
 
 
-def bytes_here(learner: Learner) -> int:
-    """Of parameters, gradients and the optimizer's states in this process."""
-    tensors = [tensor for p in learner.module.parameters() for tensor in (p, p.grad) if tensor is not None]
-    tensors += [
-        value for state in learner.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-    ]
-    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
-
-
 def checks(folder: str) -> int:
     """On each rank: two updates of whole weights and of slices, from there to a state, and on from the other's."""
     dist = init_distributed("cpu")
@@ -86,7 +78,7 @@ def checks(folder: str) -> int:
     for case in CASES:
         learners = {kind: make_learner(case, dist, kind == "fsdp") for kind in ("ddp", "fsdp")}
         sums = {kind: updates(learner, dist, 2) for kind, learner in learners.items()}
-        size = {kind: bytes_here(learner) for kind, learner in learners.items()}
+        size = {kind: held(learner) for kind, learner in learners.items()}
         states = {kind: copy.deepcopy(learner.state_dict()) for kind, learner in learners.items()}
         found[case] = {"sums": sums, "bytes": size, "states": states}
         if case == "tome":  # each goes on from the state of the other, which rank 0 alone has

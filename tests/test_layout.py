@@ -29,6 +29,7 @@ TOP_LEVEL = (
     "runfolder",
     "resume",
     "sharding",
+    "memory",
     "budget",
     "calibration",
     "latency",
