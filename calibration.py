@@ -57,8 +57,13 @@ def load_calibration(args: Namespace, data: Data | None, config: DataConfig, dis
         UserError: no such images.
     """
     images, source = _open(args, data, config)
-    wanted = min(args.calibration_images or DEFAULT_IMAGES, len(images))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:wanted].tolist()
+    return draw_calibration(images, args.calibration_images or DEFAULT_IMAGES, args.seed, source, dist)
+
+
+def draw_calibration(images: ImageSet, wanted: int, seed: int, source: str, dist: Distributed) -> Calibration:
+    """Read some images of a set, at most `wanted`, drawn by the seed; `source` names the set."""
+    wanted = min(wanted, len(images))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
     samples = [images[index] for index in order[dist.rank :: dist.world]]
     for name in (name for sample in samples for name in sample.bad):
         log(f"unreadable, left out: {name}")
@@ -271,6 +276,7 @@ class Result:
             "num_registers": model.num_registers,
             "tokens": list(plan.counts),
             "gmacs": gmacs(model, plan),
+            "gmacs_inference": gmacs(model, plan, inference=True),
             "dense_gmacs": gmacs(model, 0),
             "loss": best.loss,
             "agree": self.divergence.agreement.get(best.r),

@@ -164,6 +164,8 @@ def build_transform(args: Namespace, config: DataConfig, train: bool, whole: boo
     """
     if not train:
         return _eval_transform(config)
+    if args.recover:
+        return _recovery_transform(args, config)
     shift = math.ceil(config.input_size / 16) if whole else 4 if config.input_size <= WHOLE_PIXELS else None
     try:
         return _three_augment(args, config) if args.three_augment else _deit_transform(args, config, shift)
@@ -176,6 +178,15 @@ def _eval_transform(config: DataConfig) -> T.Compose:
     size = math.floor(config.input_size / config.crop_pct)
     resize = T.Resize(size, T.InterpolationMode(config.interpolation))
     return T.Compose([resize, T.CenterCrop(config.input_size), T.ToTensor(), T.Normalize(config.mean, config.std)])
+
+
+def _recovery_transform(args: Namespace, config: DataConfig) -> T.Compose:
+    """Build the transform of --recover: images as in an evaluation, but for the place of the crop and a flip.
+
+    What the merged model is to recover is what the unmerged one says of ordinary images.
+    """
+    resize, _, *rest = _eval_transform(config).transforms
+    return T.Compose([resize, T.RandomCrop(config.input_size), T.RandomHorizontalFlip(args.hflip), *rest])
 
 
 def _deit_transform(args: Namespace, config: DataConfig, shift: int | None) -> T.Compose:

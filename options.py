@@ -25,7 +25,7 @@ from distributed import close_distributed
 from losses import mixes_images
 from models import MergeConfig, UserError
 from models.adapters import TARGETS
-from models.methods import METHODS, POOLINGS, all_knobs, methods_with
+from models.methods import AUTO, METHODS, POOLINGS, all_knobs, methods_with
 from models.methods.mctf import ONE_STEP_AHEAD
 from models.parameters import PARTS, parse_train_only
 from models.registry import NAMES
@@ -41,19 +41,8 @@ python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_pat
 """
 LORA_TRAINS = "lora,registers,head"  # what --lora trains unless --train_only says more; registers if there are any
 # whose steps on slices of the weights (--fsdp) were found equal to those on whole ones
-OPTIMIZERS_OF_SLICES = (
-    "adamw",
-    "adam",
-    "nadamw",
-    "nadam",
-    "radamw",
-    "sgd",
-    "momentum",
-    "rmsprop",
-    "lion",
-    "lamb",
-    "adan",
-)
+OPTIMIZERS_OF_SLICES = ("adamw", "adam", "nadamw", "nadam", "radamw", "sgd", "momentum", "rmsprop", "lion", "lamb")
+RECOVERED_PLAINLY = ("three_augment", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount")
 WARMUP_EPOCHS = 5  # DeiT's, for its 300 epochs
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
 
@@ -308,7 +297,9 @@ def _model_flags(parser: Parser) -> None:
 def _merging_flags(parser: Parser) -> None:
     """Add the schedule, and a flag for every setting of every method in `models/methods`."""
     group = parser.add_argument_group("merging (settings default to the method's published values)")
-    group.add_argument("--merge", choices=tuple(METHODS), help="default: tome if --r or --r_evals is given")
+    group.add_argument(
+        "--merge", choices=(*METHODS, "auto"), help=f"auto: {AUTO}; default: tome if --r or --r_evals is given"
+    )
     text = "tokens per block: 16, ratio 0.35, list 16,0,8, '(16,-1)', or the json file of a searched schedule"
     group.add_argument("--r", metavar="R", help=text)
     group.add_argument("--activate_layer", type=block_list, metavar="1,2,11", help="blocks that merge")
@@ -522,6 +513,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     if args.eval:
         _check_idle(parser.given(named))
     read_schedule_flag(args)
+    args.merge = AUTO if args.merge == "auto" else args.merge
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
     if args.lora and "train_only" not in given:
@@ -788,6 +780,9 @@ def _check_recovery(args: Namespace) -> None:
     for flag in ("distillation_type", "distillation_alpha", "teacher_model", "teacher_path"):
         if flag in args.given:
             raise UserError(f"--recover distils softly from the model's own unmerged weights; leave --{flag} out")
+    for flag in RECOVERED_PLAINLY:
+        if flag in args.given:
+            raise UserError(f"--{flag} has no effect with --recover, whose images are shifted and flipped alone")
 
 
 def _check_distillation(args: Namespace) -> None:

@@ -50,7 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "repeated_aug": False,
     }
 }
-# the same for --recover: few updates at a small rate on nearly plain images
+# the same for --recover: few updates at a small rate
 RECOVERY: dict[str, Any] = {
     "distillation_type": "soft",
     "distillation_alpha": 1.0,
@@ -61,9 +61,6 @@ RECOVERY: dict[str, Any] = {
     "mixup": 0.0,
     "cutmix": 0.0,
     "smoothing": 0.0,
-    "color_jitter": 0.0,
-    "aa": "none",
-    "reprob": 0.0,
     "repeated_aug": False,
     "model_ema": False,
 }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import UserError
-from .methods import METHODS, all_knobs
+from .methods import AUTO, METHODS, all_knobs
 from .methods.base import Method
 from .schedule import Schedule, format_schedule, is_int, parse_schedule
 
@@ -17,7 +17,8 @@ class MergeConfig:
     that only other methods have is None.
 
     Attributes:
-        method: a name of `models.methods.METHODS`: "none", "tome", "mctf", "lgtm", "pitome", "regtome".
+        method: a name of `models.methods.METHODS`: "none", "tome", "mctf", "lgtm", "pitome", "regtome"; "auto" is
+            regtome, our own.
         r: tokens merged per block: an int, a ratio 0 < r < 1 of the patch tokens, one int per block, `Inflection`
             (also a pair whose second item is a float or negative), or any of these as text: "16", "0.35", "16,0,8",
             "(16,-1)".
@@ -47,6 +48,7 @@ class MergeConfig:
         Raises:
             UserError: a value out of range, or a setting that the method does not have.
         """
+        method = AUTO if method == "auto" else method
         if method not in METHODS:
             raise UserError(f"unknown merge method {method!r}; choose one of {', '.join(METHODS)}")
         known = METHODS[method].knobs()

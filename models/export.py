@@ -5,6 +5,7 @@ known to timm, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` 
 """
 
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -32,6 +33,7 @@ from .weights import load_weights
 ARCHITECTURE = "regtome"
 MAX_BATCH = 4096
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_METADATA = ("model", "num_registers", "merge", "tokens", "data", "precision", "agreement")  # of a file
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Agreement:
         batch: images.
         difference: largest absolute difference of logits.
         top1: share of images with the same best class.
+        kl: mean KL(eager || runtime) of the class probabilities, in nats.
     """
 
     batch: int
     difference: float
     top1: float
+    kl: float
 
 
 def export_program(model: MergingViT, images: Tensor, dynamic: bool = True) -> ExportedProgram:
@@ -90,7 +94,7 @@ def export_onnx(
     simplify(written.model)
     for key, value in (metadata or {}).items():
         written.model.metadata_props[key] = json.dumps(value)
-    with _in_place_of(file) as temporary:
+    with in_place_of(file) as temporary:
         written.save(str(temporary))
     return program
 
@@ -101,7 +105,7 @@ def save_program(program: ExportedProgram, file: Path, metadata: Mapping[str, An
     Raises:
         OSError: the file cannot be written; what was there before is kept.
     """
-    with _in_place_of(file) as temporary:
+    with in_place_of(file) as temporary:
         torch.export.save(program, temporary, extra_files={"metadata.json": json.dumps(metadata or {})})
 
 
@@ -118,7 +122,7 @@ def load_program(file: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]
 
 
 @contextmanager
-def _in_place_of(file: Path) -> Iterator[Path]:
+def in_place_of(file: Path) -> Iterator[Path]:
     """Give a path to write to, which takes the place of `file` when it is whole; a full disk is an OSError."""
     temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp{file.suffix}")
     try:
@@ -165,8 +169,11 @@ class OnnxModel:
         return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
 
 
-def load_onnx(file: Path) -> OnnxModel:
+def load_onnx(file: Path, threads: int = 0) -> OnnxModel:
     """Read an ONNX file of `export_onnx`.
+
+    Args:
+        threads: that share an operator; 0: onnxruntime's choice.
 
     Raises:
         UserError: onnxruntime is not installed, or the file is not one of ours.
@@ -175,10 +182,12 @@ def load_onnx(file: Path) -> OnnxModel:
     import onnxruntime  # only where it is asked for: half a second
 
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         shape = {node.name: node.shape for node in session.get_inputs()}["images"]
         stored = session.get_modelmeta().custom_metadata_map
-        metadata = {key: json.loads(stored[key]) for key in ("model", "merge", "data") if key in stored}
+        metadata = {key: json.loads(stored[key]) for key in _METADATA if key in stored}
     except Exception as error:  # onnxruntime's error classes are not public
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is not an ONNX file of run/export.py ({type(error).__name__}: {reason})") from error
@@ -191,9 +200,21 @@ def compare(model: MergingViT, run: Callable[[Tensor], Tensor], batches: Sequenc
     for images in batches:
         with torch.inference_mode():
             expected, logits = model.eval()(images), run(images)
+            expected_log, logs = expected.double().log_softmax(dim=1), logits.double().log_softmax(dim=1)
         same = (expected.argmax(1) == logits.argmax(1)).double().mean()
-        agreements.append(Agreement(len(images), float((expected - logits).abs().max()), float(same)))
+        kl = (expected_log.exp() * (expected_log - logs)).sum(dim=1).mean()
+        difference = float((expected - logits).abs().max())
+        agreements.append(Agreement(len(images), difference, float(same), max(float(kl), 0.0)))
     return agreements
+
+
+def together(agreements: Sequence[Agreement]) -> Agreement:
+    """Several batches as one: means over images, and the largest difference."""
+    images = sum(row.batch for row in agreements)
+    mean = {name: sum(row.batch * getattr(row, name) for row in agreements) / images for name in ("top1", "kl")}
+    differences = [row.difference for row in agreements]
+    worst = max(differences) if all(map(math.isfinite, differences)) else math.nan
+    return Agreement(images, worst, **mean)
 
 
 def save_folder(model: MergingViT, base: str, folder: Path, data: dict[str, Any] | None = None) -> None:
@@ -214,9 +235,9 @@ def save_folder(model: MergingViT, base: str, folder: Path, data: dict[str, Any]
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps(folder_config(model, base, data or {}), indent=2) + "\n"
     try:
-        with _in_place_of(folder / _WEIGHTS) as temporary:
+        with in_place_of(folder / _WEIGHTS) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-        with _in_place_of(folder / _CONFIG) as temporary:
+        with in_place_of(folder / _CONFIG) as temporary:
             temporary.write_text(config)
     except BaseException:
         if fresh:  # nothing half-written stays

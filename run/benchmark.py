@@ -9,7 +9,8 @@ python run/benchmark.py --models deit_small --results output/eval_deit_s_tome --
 so that matching and merging cost nothing. All models of a setting (model, batch size, dtype, device, phase), eager and
 compiled, take turns in one process, in a new random order every round; a ratio is the median over rounds of the ratio
 within a round, so that it survives a noisy machine. What was not timed in the same rounds has no ratio. Ratios are to
-native and ideal in the same mode; where both modes are timed, the compiled also to the eager ones.
+native and ideal in the same mode; where both modes are timed, the compiled also to the eager ones. --modes onnxruntime,
+onnxruntime_int8 and openvino time the files of run/export.py onnx in these programs, with as many threads as torch has.
 
 --output_dir saves benchmark.json, benchmark.txt and speed.png, with --results also pareto.png: accuracies of main.py
 --eval over the speeds measured here. --profile adds where the time of each merging model goes beyond that of its ideal.
@@ -22,6 +23,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 import time
 import warnings
 from argparse import Namespace
@@ -29,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +54,10 @@ from build import device_name
 from datasets import DataConfig, build_data, build_eval_loader, with_own_preprocessing
 from engine import quartiles, seconds_of
 from models import MergeConfig, MergingViT, UserError, apply_merging
+from models.export import export_onnx, load_onnx
 from models.gmacs import gmacs
 from models.methods import METHODS, variants
+from models.onnx_files import load_openvino, quantise_onnx, save_openvino
 from models.registry import check_name, data_settings, native_model
 from models.schedule import format_schedule
 from options import Parser, exit_status, parse_args
@@ -103,6 +108,12 @@ MODES: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "compiled": {},
     "cudagraphs": {"mode": "reduce-overhead"},
+}
+# other programs that run what run/export.py onnx writes, on a CPU
+RUNTIMES = {
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime_int8": "the same with weights of 8 bits (--int8)",
+    "openvino": "OpenVINO (pip install openvino)",
 }
 SHOWN_OPERATORS = 15  # in a table of --profile
 DEFAULT_METHODS = ("tome", "mctf", "mctf_fast")
@@ -226,8 +237,14 @@ def build_calls(models: Sequence[Variant], setting: BenchmarkSetting, args: Name
     device, dtype = torch.device(setting.device), DTYPES[setting.dtype]
     images = torch.randn(setting.batch_size, 3, setting.img_size, setting.img_size, device=device)
     loader, length = build_loader(args, setting) if setting.phase == "end_to_end" else (None, 0)
-    calls = {}
+    calls: dict[Key, TimedCall] = {}
+    runtimes = [mode for mode in args.modes if mode in RUNTIMES]
+    for variant in models if runtimes else ():
+        if not variant.name.startswith("ideal of"):  # slices stand for nothing that a user could export
+            calls |= runtime_calls(variant, runtimes, images)
     for mode, variant in itertools.product(args.modes, models):
+        if mode in RUNTIMES:
+            continue
         module, compiler_options = variant.module, MODES[mode]
         if compiler_options is not None:
             module = compile_model(module, dynamic=False, fullgraph=True, **compiler_options)
@@ -239,6 +256,28 @@ def build_calls(models: Sequence[Variant], setting: BenchmarkSetting, args: Name
             call = inference_call(module, images.to(dtype))
         calls[variant.name, mode] = call
     return calls
+
+
+def runtime_calls(variant: Variant, runtimes: Sequence[str], images: Tensor) -> dict[Key, TimedCall]:
+    """Build the calls of a model in other programs, with as many threads as torch has."""
+    model = variant.module
+    if not isinstance(model, MergingViT):
+        model = apply_merging(model, MergeConfig(method="none")).eval()  # type: ignore[arg-type]
+    calls: dict[str, Callable[[Tensor], Tensor]] = {}
+    threads = torch.get_num_threads()
+    log(f"exporting {variant.name}")
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(model, images, file, dynamic=False)
+        if "openvino" in runtimes:
+            save_openvino(file, Path(folder) / "openvino", {})
+            calls["openvino"] = load_openvino(Path(folder) / "openvino", threads)
+        if "onnxruntime" in runtimes:
+            calls["onnxruntime"] = load_onnx(file, threads)
+        if "onnxruntime_int8" in runtimes:
+            quantise_onnx(file)
+            calls["onnxruntime_int8"] = load_onnx(file, threads)
+    return {(variant.name, runtime): TimedCall(partial(run, images), len(images)) for runtime, run in calls.items()}
 
 
 def build_loader(args: Namespace, setting: BenchmarkSetting) -> tuple[Any, int]:
@@ -326,6 +365,8 @@ def measure(setting: BenchmarkSetting, args: Namespace) -> list[dict[str, Any]]:
     rows = []
     for mode, variant in itertools.product(args.modes, models):
         key = (variant.name, mode)
+        if key not in calls:
+            continue
         eager = mode == "eager"  # its own mode's ratios would be said twice
         row = {
             **asdict(setting),
@@ -338,8 +379,10 @@ def measure(setting: BenchmarkSetting, args: Namespace) -> list[dict[str, Any]]:
             "ratio_ideal": ratio(times, key, (variant.ideal, mode)),
             "ratio_eager_native": None if eager else ratio(times, key, ("native", "eager")),
             "ratio_eager_ideal": None if eager else ratio(times, key, (variant.ideal, "eager")),
-            # a loader's tensors are other processes'
-            "peak_memory": None if setting.phase == "end_to_end" else peak_memory(calls[key], device),
+            # a loader's tensors are other processes', and those of other programs are not torch's
+            "peak_memory": None
+            if setting.phase == "end_to_end" or mode in RUNTIMES
+            else peak_memory(calls[key], device),
         }
         if args.profile:
             row["operators"] = operator_times(calls[key].run, device)
@@ -535,6 +578,7 @@ def _rules(args: Namespace) -> dict[str, bool]:
     """What to say -> whether these options break the rule."""
     too_small = min(args.batch_sizes) < 1 or args.rounds < 3 or min(args.num_registers) < 0 or (args.threads or 1) < 1
     end_to_end = "end_to_end" in args.phases
+    plain = args.phases == ["inference"] and args.dtypes == ["fp32"] and args.device == ["cpu"]
     one_thread = args.threads == 1 and args.device == ["cpu"] and not end_to_end
     return {
         "--batch_sizes and --threads must be at least 1, --rounds 3, --num_registers 0": too_small,
@@ -543,6 +587,12 @@ def _rules(args: Namespace) -> dict[str, bool]:
         ),
         "--modes cudagraphs is for a GPU: it needs --device cuda alone": (
             "cudagraphs" in args.modes and "cpu" in args.device
+        ),
+        f"--modes {', '.join(RUNTIMES)} run forwards in fp32: they need --device cpu, no other --phases and --dtypes": (
+            bool(set(args.modes) & set(RUNTIMES)) and not plain
+        ),
+        "--modes openvino needs openvino; pip install openvino": (
+            "openvino" in args.modes and find_spec("openvino") is None
         ),
         "--clock cpu counts what one thread works: it needs --device cpu --threads 1, no end_to_end": (
             args.clock == "cpu" and not one_thread
@@ -591,7 +641,8 @@ def build_parser() -> Parser:
         default=["inference"],
         help="; ".join(f"{k}: {v}" for k, v in PHASES.items()),
     )
-    add("--modes", nargs="+", choices=tuple(MODES), default=["eager"], help=", ".join(MODES))
+    modes = (*MODES, *RUNTIMES)
+    add("--modes", nargs="+", choices=modes, default=["eager"], help=", ".join((*MODES, *RUNTIMES.values())))
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", nargs="+", default=[gpu], help="cpu, cuda; default: a GPU if there is one")
     add("--img_size", type=int, metavar="PIXELS", help="default: the model's")

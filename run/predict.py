@@ -5,8 +5,8 @@ python run/predict.py 'photos/*.jpg' --resume exported/ --csv predictions.csv
 python run/predict.py photo.jpg --resume model.onnx --json -
 python run/predict.py photo.jpg --model deit_small --r 16 --picture merged.png
 
---resume takes a checkpoint, or what run/export.py wrote: a folder, an ONNX file, a .pt2. All of them know their
-preprocessing and their classes. Model and merging options of a checkpoint are main.py's.
+--resume takes a checkpoint, or what run/export.py wrote: a folder, an ONNX file, a .pt2, OpenVINO's folder. All of them
+know their preprocessing and their classes. Model and merging options of a checkpoint are main.py's.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from distributed import init_distributed
 from engine import build_precision
 from models import MergingViT, UserError
 from models.export import folder_data, load_folder, load_onnx, load_program
+from models.onnx_files import GRAPH, load_openvino
 from options import Parser, check_heeded, exit_status, flags_of, parse_args
 from sources import find_images
 from utils import Progress, RunError, atomic_write, to_jsonable
@@ -91,6 +92,9 @@ def load(argv: Sequence[str]) -> tuple[Classifier, Namespace]:
     if place.suffix == ".onnx":
         onnx = load_onnx(place)
         return _described(onnx, onnx.metadata.get("data"), str(place), onnx.batch), args
+    if (place / GRAPH).is_file():
+        vino = load_openvino(place)
+        return _described(vino, vino.metadata.get("data"), str(place), vino.batch), args
     if place.suffix == ".pt2":
         program, metadata = load_program(place)
         return _described(program, metadata.get("data"), str(place)), args

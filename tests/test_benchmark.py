@@ -1,5 +1,6 @@
 """The yardsticks are what they say, ratios belong to one run, and the program prints and saves them."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import torch
 from tiny import block_inputs, every_method, images, ours, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -221,6 +223,23 @@ def test_modes_take_turns_and_compiled_is_compared_with_eager(tmp_path: Path, mo
     assert "of eager ideal" in text and text.count("all operators") == 2
 
 
+def test_runtimes_take_turns_with_eager_models(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    argv = [*TINY, "--methods", "tome", "--modes", "eager", "onnxruntime", "onnxruntime_int8"]
+    with runs.toy_model():
+        assert main([*argv, "--output_dir", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    by_key = {(row["mode"], row["method"]): row for row in rows}
+    runtimes = ("onnxruntime", "onnxruntime_int8")
+    merging = {("eager", "ideal tome"), *itertools.product(("eager", *runtimes), ("native", "tome"))}
+    assert set(by_key) == merging  # nobody exports slices
+    for mode in runtimes:
+        row = by_key[mode, "tome"]
+        assert row["ratio_native"]["median"] > 0 and row["ratio_eager_native"]["median"] > 0
+        assert row["ratio_ideal"] is None and row["peak_memory"] is None
+
+
 def test_eager_alone_is_compared_with_nothing_that_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("run.benchmark.compile_model", lambda module, **options: module)
     assert main([*TINY, "--methods", "tome", "--modes", "compiled", "--output_dir", str(tmp_path)]) == 0
@@ -279,6 +298,8 @@ def test_pareto_plot(tmp_path: Path) -> None:
     [
         (["--methods", "tomes"], "tome"),
         (["--models", "deit_digit"], "deit_digits"),
+        (["--modes", "onnxruntime", "--dtypes", "bf16"], "run forwards in fp32"),
+        (["--modes", "openvino", "--phases", "train"], "run forwards in fp32"),
         (["--rounds", "2"], "--rounds"),
         (["--batch_sizes", "0"], "--batch_sizes"),
         (["--r", "-3"], "r must be"),

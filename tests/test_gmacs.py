@@ -74,12 +74,12 @@ def counted(model: MergingViT, side: int) -> float:
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
 def test_formula_is_what_runs(merge: MergeConfig) -> None:
     model = create_model("deit_tiny", num_registers=3, merge=merge).eval()
-    # the formula leaves matching out; PiToMe and RegToMe compare all pairs of tokens, ToMe a quarter of them
-    all_pairs = merge.method in ("pitome", "regtome")
-    assert gmacs(model, inference=True) == pytest.approx(counted(model, 224), rel=0.03 if all_pairs else 0.02)
+    # the formula leaves matching out: PiToMe compares all pairs of tokens, RegToMe in full width, ToMe a quarter
+    rel = {"pitome": 0.03, "regtome": 0.06}.get(merge.method, 0.02)
+    assert gmacs(model, inference=True) == pytest.approx(counted(model, 224), rel=rel)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 224, 224), trace=True)
-    assert gmacs(model) == pytest.approx(counter.get_total_flops() / 2e9, rel=0.03 if all_pairs else 0.02)
+    assert gmacs(model) == pytest.approx(counter.get_total_flops() / 2e9, rel=rel)
 
 
 @pytest.mark.parametrize(

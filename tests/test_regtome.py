@@ -60,13 +60,13 @@ def test_the_matching_equals_the_slow_oracle(prefix: int, n: int) -> None:
 
 def test_tokens_of_one_weight_still_merge() -> None:
     merge = match_by_weight(torch.ones(2, 9, 4), torch.ones(2, 9), 7, 1)
-    assert group_map(merge).sort(dim=1).values[:, 1:].unique().tolist() == [1]  # all copies join one of two
-    assert merge.keep.shape == (2, 2) if merge.keep.shape[1] == 2 else merge.keep.shape == (2, 2)
+    assert group_map(merge).tolist() == 2 * [[0] + 8 * [1]]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_block_of_the_model_equals_the_slow_oracle(prefix: int) -> None:
-    """Weights from prefix rows of the map, remembered over blocks; means by attention, with the lengths of their members."""
+    """Weights from prefix rows of the map, remembered over blocks; means by attention, as long as their members."""
     memory = 0.3
     model = with_prefix(prefix, MergeConfig("regtome", (9, 3, 2), memory=memory))
     seen = torch.zeros(2, 16)
@@ -103,7 +103,7 @@ def test_what_nobody_looks_at_goes_and_copies_go_first() -> None:
     asked = candidates(x, 4, 1, score=score, layer=1, depth=12)
     group = group_map(rule.match(asked))[0]
     assert group[1] == group[9] == group[10] == group[11]
-    assert len(set(group.tolist())) == 8 and int((group == group[8]).sum()) == 2
+    assert len(set(group.tolist())) == 8 and int((group == group[8]).sum()) > 1
     values = rule.token_scores(asked)
     assert set(values) == {"attention", "distance", "cost"} and all(value.shape == (1, 11) for value in values.values())
     torch.testing.assert_close(values["distance"][0, [0, 8]], torch.tensor([2.0, 0.0]))

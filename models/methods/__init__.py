@@ -8,6 +8,7 @@ from .regtome import RegToMe
 from .tome import NoMerging, ToMe
 
 METHODS: dict[str, type[Method]] = {}
+AUTO = RegToMe.name  # what "auto" stands for
 
 
 def register(method: type[Method]) -> type[Method]:
@@ -46,4 +47,4 @@ def variants() -> dict[str, dict]:
     }
 
 
-__all__ = ["METHODS", "POOLINGS", "Knob", "Method", "all_knobs", "knob", "methods_with", "register", "variants"]
+__all__ = ["AUTO", "METHODS", "POOLINGS", "Knob", "Method", "all_knobs", "knob", "methods_with", "register", "variants"]
