@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import images, ours
 
 from calibration import Calibration
 from datasets import DataConfig, build_data
@@ -15,7 +16,6 @@ from models.gmacs import gmacs
 from models.methods import METHODS
 from options import parse_args
 from run import methods_table
-from tiny import images, ours
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
