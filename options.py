@@ -512,8 +512,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     args = Namespace(**(defaults | recipe | given), given=sorted(given))
     if args.eval:
         _check_idle(parser.given(named))
-    read_schedule_flag(args)
     args.merge = AUTO if args.merge == "auto" else args.merge
+    read_schedule_flag(args)
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(recipe.get("warmup_epochs", WARMUP_EPOCHS), args.epochs / 5)
     if args.lora and "train_only" not in given:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import charts
 
@@ -28,6 +29,8 @@ def draw(records: Sequence[dict[str, Any]]) -> Figure:
         _draw_tokens(axes[0, 0], record, charts.colour_of(i))
     _draw_sensitivity(axes[0, 1], records)
     _draw_front(axes[0, 2], records)
+    for ax in axes[0, :2]:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

@@ -26,7 +26,7 @@ from distributed import init_distributed
 from engine import build_precision
 from models import UserError
 from options import Number, Parser, check_heeded, exit_status, flags_of, gmacs_budget, parse_args
-from utils import log, setup_output, table
+from utils import is_main_process, log, setup_output, table
 
 HEEDED = frozenset(
     "resume dataset data_path val_path input_size eval_crop_ratio batch_size limit amp calibration_path".split()
@@ -83,10 +83,10 @@ def result_table(result: Result) -> str:
 def run(argv: Sequence[str]) -> None:
     """Search, print and write."""
     args, main_argv = build_parser().parse_known_args(argv)
-    folder = setup_output(args.out, True)
+    folder = setup_output(args.out, is_main_process())
     result = search(args, main_argv)
     log(result_table(result))
-    if folder is not None:
+    if folder is not None and is_main_process():
         for file in write_result(result, folder, file_names(result)):
             log(f"wrote {file}")
 
