@@ -40,6 +40,8 @@ torchrun --nproc_per_node=8 main.py --model deit_small --r 16 --num_registers 4
 python main.py --eval --model deit_tiny --merge tome --r_evals 0 8 16 --data_path data/IMNET
 """
 LORA_TRAINS = "lora,registers,head"  # what --lora trains unless --train_only says more; registers if there are any
+# whose steps on slices of the weights (--fsdp) were found equal to those on whole ones
+OPTIMIZERS_OF_SLICES = ("adamw", "adam", "nadamw", "nadam", "radamw", "sgd", "momentum", "rmsprop", "lion", "lamb")
 RECOVERED_PLAINLY = ("three_augment", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount")
 WARMUP_EPOCHS = 5  # DeiT's, for its 300 epochs
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly")  # timm's, of which DeiT's flags describe these
@@ -843,6 +845,9 @@ def _check_fsdp(args: Namespace) -> None:
     ):
         if given:
             raise UserError(f"--{flag} does not go with --fsdp; {instead}")
+    if args.opt.lower() not in OPTIMIZERS_OF_SLICES:
+        known = ", ".join(OPTIMIZERS_OF_SLICES)
+        raise UserError(f"--opt {args.opt} does not go with --fsdp; these step on slices as on whole weights: {known}")
 
 
 # MCTF's old flags

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.layers import PatchEmbed
 from timm.models import register_model
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
@@ -250,7 +251,10 @@ def folder_config(model: MergingViT, base: str, data: dict[str, Any]) -> dict[st
     size = tuple(model.patch_embed.img_size)
     arguments = {"base": base, "num_registers": model.num_registers, "merge": model.merge.as_dict()}
     arguments |= {"register_layer": model.register_layer, "class_layer": model.class_layer}
-    arguments |= {"img_size": size[0], "num_classes": model.num_classes}  # timm passes model_args on, and only them
+    side = size[0] if size[0] == size[1] else list(size)
+    arguments |= {"img_size": side, "num_classes": model.num_classes}  # timm passes model_args on, and only them
+    if type(model.patch_embed) is PatchEmbed:
+        arguments["patch_size"] = list(model.patch_embed.patch_size)
     settings = {key: value for key, value in data.items() if key in ("mean", "std", "interpolation", "crop_pct")}
     pretrained = {"input_size": (3, *size), "num_classes": model.num_classes, "fixed_input_size": True}
     pretrained |= {"first_conv": "patch_embed.proj", "classifier": "head"} | settings

@@ -53,7 +53,7 @@ class AxialPositions:
     def with_prefix(self, count: int) -> "AxialPositions":
         """See `Positions.with_prefix`."""
         table = self.table
-        still = unrotated(table, count).expand(len(table), -1, -1)
+        still = unrotated(table, count).expand(table.shape[0], -1, -1)
         return replace(self, table=torch.cat((still, table), dim=1))
 
     def merged(self, merge: Merge, by_size: PoolIndex) -> "AxialPositions":
@@ -179,4 +179,4 @@ def unrotated(table: Tensor, count: int) -> Tensor:
 def _mean(x: Tensor, merge: Merge, by_size: PoolIndex) -> Tensor:
     """Mean of every group by size, at least in fp32: (1 or B, N, K) -> (B,M,K)."""
     x = x.to(torch.promote_types(x.dtype, by_size.share.dtype))
-    return pool_rows(x.expand(len(merge.keep), -1, -1), by_size)
+    return pool_rows(x.expand(merge.keep.shape[0], -1, -1), by_size)

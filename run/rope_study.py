@@ -1,6 +1,6 @@
 """Where is a merged token? Rules for the rotary positions of merged tokens, compared on small models trained here.
 
-    python run/rope_study.py --dataset WDS --data_path DATA/tiny_imagenet --classes 20 --epochs 30 --seeds 3 --out table
+    python run/rope_study.py --dataset WDS --data_path DATA/tiny_imagenet --classes 10 --epochs 30 --seeds 3 --out table
 
 Trains timm's Eva with DINOv3's rotary positions and four registers from scratch, once for every seed, and runs it with
 ToMe at several r under every rule, all with the same images. docs/backbones.md has the outcome, and what each rule
@@ -37,9 +37,9 @@ from models.rope import AxialPositions, Positions, rotate
 from utils import table, write_json
 
 SIZES: dict[str, Any] = {
-    "embed_dim": 96,
-    "depth": 6,
-    "num_heads": 3,
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 2,
     "num_reg_tokens": 4,
     "use_abs_pos_emb": False,
     "use_rot_pos_emb": True,
@@ -217,17 +217,25 @@ def scores(model: MergingViT, data: Images, r: int, rule: str, metric: str) -> d
 
 
 def measure(args: Namespace) -> list[dict[str, Any]]:
-    """All rows: the mean over seeds of every score, and the KL of each seed."""
+    """All rows: the mean over seeds of every score, and the KL of each seed. What is known is printed after each."""
     flags = ["--no_pretrained", "--dataset", args.dataset, "--data_path", args.data_path]
     data = build_data(options.parse_args(flags), DataConfig(input_size=RESOLUTION, crop_pct=1.0))
     assert data.train is not None
     data.train.transform = data.val.transform  # augmentation is our own, on decoded images
     train_set, val_set = Images(data.train, args.classes), Images(data.val, args.classes)
-    models = [train(args, seed, train_set) for seed in range(args.seeds)]
     settings = [(0, "mean", "keys"), *((r, rule, metric) for r in args.r for metric in METRICS for rule in RULES)]
+    of_seeds = []
+    for seed in range(args.seeds):
+        model = train(args, seed, train_set)
+        of_seeds.append([scores(model, val_set, *setting) for setting in settings])
+        print(markdown(summary(settings, of_seeds)), file=sys.stderr)
+    return summary(settings, of_seeds)
+
+
+def summary(settings: Sequence[tuple[int, str, str]], of_seeds: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Rows of the means over the seeds so far."""
     rows = []
-    for r, rule, metric in settings:
-        found = [scores(model, val_set, r, rule, metric) for model in models]
+    for (r, rule, metric), found in zip(settings, zip(*of_seeds, strict=True), strict=True):
         means = {name: sum(score[name] for score in found) / len(found) for name in found[0]}
         rows.append({"r": r, "rule": rule, "metric": metric, **means, "kl_of_seeds": [score["kl"] for score in found]})
     return rows
@@ -248,12 +256,12 @@ def build_parser() -> options.Parser:
     parser = options.Parser(prog="rope_study.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--data_path", required=True)
     parser.add_argument("--dataset", default="WDS")
-    parser.add_argument("--classes", type=options.positive_int, default=20, help="only the first so many classes")
+    parser.add_argument("--classes", type=options.positive_int, default=10, help="only the first so many classes")
     parser.add_argument("--epochs", type=options.positive_int, default=30)
     parser.add_argument("--seeds", type=options.positive_int, default=3)
     parser.add_argument("--batch_size", type=options.positive_int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--r", type=options.positive_int, nargs="+", default=[4, 6, 8, 10])
+    parser.add_argument("--r", type=options.positive_int, nargs="+", default=[4, 8, 12])
     parser.add_argument("--out", help="file to write, with .json and .md")
     return parser
 

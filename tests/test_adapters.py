@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from evas import every_family, merging_eva
 from PIL import Image
 from runs import digits, refusal, run, same_run, succeeds, toy_model
 from test_resume import Watch, watch  # noqa: F401  # watch is a fixture
@@ -69,6 +70,21 @@ def test_adapters_compute_what_their_merged_weights_do(merge: MergeConfig) -> No
     plain.load_state_dict(weights)
     torch.testing.assert_close(plain(images()), outputs, rtol=1e-4, atol=1e-5)
     assert (outputs - before).abs().max() > 0.1
+
+
+@every_family
+def test_adapters_of_eva_compute_what_their_merged_weights_do(family: str) -> None:
+    """Also where q, k and v are apart, where their biases are, and in gated MLPs."""
+    for merge in (MergeConfig(r=3), MergeConfig("mctf", r=3)):
+        model = merging_eva(family, merge)
+        plain, x = copy.deepcopy(model), images(size=model.patch_embed.img_size)
+        outputs = adapted(model)(x)
+        model.train()(x).square().sum().backward()
+        assert all((p.grad is not None) == is_lora(name) for name, p in model.named_parameters())
+        before = plain(x)
+        plain.load_state_dict(merge_lora(model.state_dict(), SETTINGS.as_dict()))
+        torch.testing.assert_close(plain(x), outputs, rtol=1e-3, atol=1e-4)
+        assert (outputs - before).abs().max() > 1e-3
 
 
 def test_merged_weights_are_w_plus_scaled_b_a() -> None:

@@ -1,5 +1,6 @@
 """timm's Eva (DINOv3, EVA-02, RoPE-ViT, Perception Encoder, Sapiens2) with merging: exact without public weights."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import MergeConfig, MergingViT, UserError, apply_merging, create_model
 from models.blocks import project_qk, project_qkv, project_v, rotate
+from models.export import compare, export_onnx, load_onnx
 from models.gmacs import gmacs
 from models.tokens import Tokens
 from models.weights import extract_state_dict, load_weights
@@ -395,3 +397,20 @@ def test_it_can_be_given_another_head_and_other_pooling() -> None:
     model.reset_classifier(0)
     assert torch.equal(model(example(model), r=0), vit(example(model)))
     assert "rope.freqs" in merging_eva("rope-vit-mixed").no_weight_decay()
+
+
+@pytest.mark.parametrize(("family", "method"), [("dinov3", "mctf"), ("rope-vit-mixed", "tome")])
+def test_exported_it_takes_any_batch_without_scatters(family: str, method: str, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    import onnx
+
+    model = merging_eva(family, MergeConfig(method, 3, (0, 1), min_tokens=4), depth=2)
+    file = tmp_path / "model.onnx"
+    program = export_onnx(model, example(model, 2), file)
+    proto = onnx.load(str(file))
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    assert not [node.op_type for node in nodes if "Scatter" in node.op_type]
+    for run_by in (load_onnx(file), program.module()):
+        for row in compare(model, run_by, [example(model, batch) for batch in (1, 3)]):
+            assert row.difference < 2e-5 and row.top1 == 1, row

@@ -129,6 +129,14 @@ def test_hub_loads_a_folder(tmp_path: Path, repo: Path) -> None:
     assert torch.equal(loaded(images(2)), model(images(2)))
 
 
+def test_a_folder_keeps_rectangular_images_and_patches_of_another_size(tmp_path: Path) -> None:
+    model = create_model("deit_digits", 2, MergeConfig(r=3), img_size=(48, 24), patch_size=8).eval()
+    save_folder(model, "deit_digits", tmp_path)
+    loaded = load_folder(tmp_path)
+    assert loaded.patch_embed.grid_size == (6, 3)
+    assert torch.equal(loaded(images(2, (48, 24))), model(images(2, (48, 24))))
+
+
 def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a folder of run/export.py"):
         load_folder(tmp_path)

@@ -202,6 +202,7 @@ def close_runs(first: Path, second: Path) -> None:
         (["--sam_rho", "1"], ["--sam_rho does not go with --fsdp"]),
         (["--compile"], ["--compile does not go with --fsdp"]),
         (["--amp", "fp16"], ["--amp bf16"]),
+        (["--opt", "adafactor"], ["--opt adafactor does not go with --fsdp", "adamw"]),
         (["--eval"], ["--fsdp has no effect with --eval"]),
     ],
 )
