@@ -5,7 +5,7 @@ Three parts: the schedules that a model can follow (`Space`), what one costs (`C
 is the expensive part. So a law with a number per block is fitted to everything that was measured (`Sensitivity`), the
 best schedule under that law is found exactly (`solve`), its neighbours are measured, and the law is fitted again.
 
-Counts of tokens are those of patches unless they say otherwise. docs/beyond_search.md compares this with others.
+Counts of tokens are those of patches unless they say otherwise. docs/budget.md compares this with others.
 """
 
 import itertools
