@@ -1,4 +1,4 @@
-"""Instruments on timm's Eva: maps that are those the blocks attend with, the slicing baseline, test-time registers, rules."""
+"""Instruments on timm's Eva: maps are those of the blocks, the slicing baseline, test-time registers, rules."""
 
 import pytest
 import torch
