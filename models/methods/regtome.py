@@ -22,11 +22,16 @@ class RegToMe(Method):
     token's size and of the attention that the prefix tokens pay to it; the distance is one minus the cosine of the
     residual stream after attention. The features of a group are averaged by attention, and the length that the mean has
     lost is given back. Of the attention map one row per prefix token is computed, never the map.
+
+    Weight times distance from the nearest weightier neighbour is how density peaks (Rodriguez and Laio, Science 2014)
+    find the centres of clusters, there with the number of near neighbours as the weight.
     """
 
     name = "regtome"
     paper = "docs/beyond.md"
-    variants: ClassVar = {"regtome": {"r": (0, 4, 8, 32, 28, 22, 16, 12, 12, 8, 8, 0)}}
+    variants: ClassVar = {
+        "regtome": {"r": (18, -1.0), "dense_layers": 2}
+    }  # a plain shape; --gmacs searches a better one
 
     pooling: str = knob("attention", "how the features of a group combine", choices=POOLINGS)
     memory: float = knob(0.5, "how much the attention seen in earlier blocks counts, per block", low=0, high=1)
