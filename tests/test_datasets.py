@@ -55,6 +55,7 @@ DEFAULTS = {
     "train_interpolation": "bicubic",
     "three_augment": False,
     "src": False,
+    "recover": False,
     "reprob": 0.25,
     "remode": "pixel",
     "recount": 1,

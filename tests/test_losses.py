@@ -34,6 +34,7 @@ from models.schedule import Inflection
 from options import parse_args
 
 DEFAULTS = {
+    "recover": False,
     "distillation_type": "none",
     "teacher_model": "regnety_160",
     "teacher_path": None,
