@@ -372,7 +372,7 @@ class MergingViT(VisionTransformer):
         Returns:
             Logits; in training after `set_distilled_training` those of the class token and of the distillation token.
         """
-        plan, layers = self._blocks(images, r, trace, attn_mask, is_causal, pooled=not trace)
+        plan, layers = self._blocks(images, r, trace, attn_mask, is_causal, pooled=True)
         groups: list[Tensor] = []
         for layer in layers:
             tokens = layer.after
@@ -400,7 +400,7 @@ class MergingViT(VisionTransformer):
         """The plan of a forward, and its blocks. Nobody here holds on to the patch embedding while they run.
 
         Args:
-            pooled: of the tokens that leave the last block, only what is pooled will be read.
+            pooled: of the tokens that leave the last block, only what is pooled is read, unless they are followed.
         """
         if isinstance(images, torch.fx.Proxy):
             raise UserError(
@@ -412,7 +412,7 @@ class MergingViT(VisionTransformer):
         tokens = self.embed(images, follow)
         plan = self.plan(r, tokens.x.shape[1])
         masking = self._masking(plan, attn_mask, is_causal)
-        if pooled and not masking and not self.training:
+        if pooled and not follow and not masking and not self.training:
             plan = plan._replace(readers=self.readers(plan))
         return plan, self.layers(tokens, plan, masking=masking)
 

@@ -271,7 +271,7 @@ def test_deits_cifar_is_cifar100(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "words"),
     [
         (["--dataset", "DIGITS", "--data_path", "/nope"], "--data_path has no effect with --dataset DIGITS"),
-        (["--dataset", "FOLDER", "--data_path", "x", "--val_path", "y"], "(WDS, CSV)"),
+        (["--dataset", "FOLDER", "--data_path", "x", "--val_path", "y"], "(IMAGES, WDS, CSV)"),
         (["--dataset", "CSV", "--val_path", "y"], "--val_path goes with --data_path"),
     ],
 )

@@ -72,7 +72,8 @@ def test_protected_is_the_core(registers: int, prop_attn: bool) -> None:
     model = tiny.ours(MergeConfig(r="5,3,2", prop_attn=prop_attn), num_registers=registers)
     images = tiny.images(3)
     out = rd.forward_under(model, images, "protected")
-    torch.testing.assert_close(out.logits, model(images), rtol=0, atol=0)
+    torch.testing.assert_close(out.logits, model(images, trace=True).logits, rtol=0, atol=0)
+    torch.testing.assert_close(out.logits, model(images), rtol=0, atol=2e-6)  # its last block serves the class token
     assert (out.alone == registers).all() and out.alone.shape == (3, 3)
 
 

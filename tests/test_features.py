@@ -108,18 +108,20 @@ def test_a_mask_and_merging_exclude_each_other() -> None:
 def test_features_and_head_are_the_forward(options: dict[str, Any]) -> None:
     model = ours(MergeConfig(r="6,3,2"), 2, **options)
     features = model.forward_features(images(3))
+    whole = model(images(3), trace=True)  # whose last block computes all tokens, as that of features
+    torch.testing.assert_close(model(images(3)), whole.logits, rtol=0, atol=2e-6)
     assert features.shape[1] == model.plan().counts[-1] < 17
-    assert torch.equal(features.token_sizes, model(images(3), trace=True).size)
-    assert torch.equal(model.forward_head(features), model(images(3)))
-    assert torch.equal(model.forward_head(features + 0, size=features.token_sizes), model(images(3)))
+    assert torch.equal(features.token_sizes, whole.size)
+    assert torch.equal(model.forward_head(features), whole.logits)
+    assert torch.equal(model.forward_head(features + 0, size=features.token_sizes), whole.logits)
     if "distilled" not in options:
-        assert torch.equal(model.head(model.forward_head(features, pre_logits=True)), model(images(3)))
+        assert torch.equal(model.head(model.forward_head(features, pre_logits=True)), whole.logits)
     final, _ = model.forward_intermediates(images(3))
-    assert torch.equal(final, features) and torch.equal(model.forward_head(final), model(images(3)))
+    assert torch.equal(final, features) and torch.equal(model.forward_head(final), whole.logits)
     stored = io.BytesIO()
     torch.save(features, stored)
     stored.seek(0)
-    assert torch.equal(model.forward_head(torch.load(stored, weights_only=True)), model(images(3)))
+    assert torch.equal(model.forward_head(torch.load(stored, weights_only=True)), whole.logits)
 
 
 def test_pre_logits_of_a_distilled_model_are_the_mean_of_its_tokens() -> None:
@@ -158,7 +160,8 @@ def test_features_from_before_the_class_token_have_no_head() -> None:
     early, _ = model.forward_intermediates(images(), [0], stop_early=True)
     with pytest.raises(UserError, match=r"before all prefix tokens entered \(register_layer=2, class_layer=1\)"):
         model.forward_head(early)
-    assert torch.equal(model.forward_head(model.forward_intermediates(images())[0]), model(images()))
+    logits = model.forward_head(model.forward_intermediates(images())[0])
+    assert torch.equal(logits, model(images(), trace=True).logits)
 
 
 def test_a_head_compiles_with_its_features() -> None:

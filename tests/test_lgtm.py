@@ -191,7 +191,7 @@ def test_images_of_a_batch_do_not_see_each_other() -> None:
         plain = model(x)
     assert torch.equal(out.group, torch.cat([single.group for single in singles]))
     torch.testing.assert_close(out.logits, torch.cat([single.logits for single in singles]), rtol=1e-5, atol=1e-5)
-    assert torch.equal(out.logits, plain)
+    torch.testing.assert_close(out.logits, plain, rtol=0, atol=2e-6)  # whose last block serves the class token
 
 
 def test_checkpointing_and_determinism_change_nothing() -> None:
