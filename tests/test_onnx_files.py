@@ -24,8 +24,8 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from models import onnx_files  # noqa: E402
 
 METHODS = {"tome": MergeConfig(r=3), "mctf": MergeConfig("mctf", r=3, min_tokens=4)}
-# Products with a weight in two blocks. In the last one MCTF has two for q, k and v, and so has ToMe: its queries there are
-# those of the class token alone.
+# Products with a weight in two blocks. In the last one MCTF has two for q, k and v, and so has ToMe, for its queries
+# there are those of the class token alone.
 WEIGHTS = {"tome": 2 * 4 + 1, "mctf": 2 * 4 + 1}
 
 
