@@ -1,7 +1,7 @@
 """What a training run needs of memory in each process, told before anything of that size is built.
 
 Weights, gradients, optimizer and average are counted. Activations are estimated from what a block keeps for its
-backward, to about a third: of N tokens that enter a block and M that leave it
+backward (0.6 to 1.6 times that, in the tests): of N tokens that enter a block and M that leave it
 
     N C (input and output of the first norm, q, k, v, product: 6) + M C (of the second norm: 2) + M H (of the MLP: 2)
 """
