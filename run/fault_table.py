@@ -412,7 +412,7 @@ def no_whole_checkpoint(bench: Bench) -> str:
 
 
 def accumulation(bench: Bench) -> str:
-    flags = f"{PLAIN} --epochs 6 --limit 64 --full_weight 1 --full_r_max 4 --consistency_weight 3"
+    flags = f"{PLAIN} --epochs 6 --limit 72 --full_weight 1 --full_r_max 4 --consistency_weight 3"
     flags += " --consistency_threshold 0 --save_every_steps 0 --no_repeated_aug --opt momentum --lr 0.5"
     losses = []
     for split in ("--batch_size 64", "--batch_size 32 --accumulation_steps 2"):
