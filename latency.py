@@ -140,7 +140,7 @@ def _forward(model: torch.nn.Module, r: Any) -> Callable[[Tensor], Any]:
 def native_of(model: MergingViT, name: str) -> torch.nn.Module:
     """timm's dense model of the same size, on the same device."""
     device, size = next(model.parameters()).device, model.patch_embed.img_size
-    return native_model(name, num_classes=model.num_classes, img_size=size[0]).to(device).eval()
+    return native_model(name, num_classes=model.num_classes, img_size=size).to(device).eval()
 
 
 def block_kinds(model: MergingViT) -> tuple[int, ...]:

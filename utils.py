@@ -281,6 +281,12 @@ def write_json(path: str | Path, obj: Any) -> None:
     atomic_write(Path(path), lambda file: file.write(text.encode()))
 
 
+def write_table(path: str | Path, record: Any, text: str) -> None:
+    """Write a table twice beside each other: its numbers as .json, its markdown as .md."""
+    write_json(Path(path).with_suffix(".json"), record)
+    Path(path).with_suffix(".md").write_text(text)
+
+
 def append_json_line(path: str | Path, obj: Any) -> None:
     """Append an object as one line of JSON; a full disk raises RunError."""
     try:

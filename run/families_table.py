@@ -32,7 +32,7 @@ from models import MergeConfig, MergingViT, apply_merging
 from models.export import compare, export_onnx, load_onnx
 from models.gmacs import gmacs
 from models.tokens import Tokens
-from utils import table, write_json
+from utils import table, write_table
 
 # timm's name, and image size in pixels
 FAMILIES: dict[str, tuple[str, int | tuple[int, int]]] = {
@@ -184,8 +184,7 @@ def run(argv: Sequence[str]) -> None:
     args = build_parser().parse(argv)
     rows = measure(args)
     if args.out:
-        write_json(Path(args.out).with_suffix(".json"), {"rows": rows})
-        Path(args.out).with_suffix(".md").write_text(markdown(rows))
+        write_table(args.out, {"rows": rows}, markdown(rows))
     print(markdown(rows))
 
 

@@ -34,14 +34,15 @@ from checkpoint import load_checkpoint
 from datasets import DataConfig, ImageSet, build_data, build_eval_loader
 from distributed import Distributed
 from engine import Precision, build_precision, evaluate, throughput
+from latency import native_of
 from models import MergeConfig, MergingViT, UserError, apply_merging, create_model
 from models.gmacs import gmacs
 from models.methods import METHODS, variants
-from models.registry import data_settings, native_model
+from models.registry import data_settings
 from models.schedule import format_schedule
 from models.weights import extract_state_dict, load_weights
 from run.results import pareto, save
-from utils import table, write_json
+from utils import table, write_table
 
 # The rows that the published code was measured on, and what is published of later methods
 MEASURED: dict[str, MergeConfig] = {
@@ -169,8 +170,7 @@ def measure_speed(variants: Variants, args: Namespace, precision: Precision) -> 
     device = next(variants.parameters()).device
     first: Any = variants.models[0]
     size = first.patch_embed.img_size
-    native = native_model(args.model, num_classes=first.num_classes, img_size=size[0]).to(device).eval()
-    runs: dict[str, Callable[[Tensor], Any]] = {"native": native}
+    runs: dict[str, Callable[[Tensor], Any]] = {"native": native_of(first, args.model)}
     runs |= {name: partial(variants, r=name) for name in variants.index if name != 0}
     with torch.no_grad():
         speeds = throughput(runs, torch.randn(args.batch_size, 3, *size, device=device), precision, seconds=120)
@@ -240,8 +240,7 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("--halves is for a search; add --gmacs or leave it out")
     rows = measure(args)
     if args.out:
-        write_json(Path(args.out).with_suffix(".json"), {"model": args.model, "rows": rows})
-        Path(args.out).with_suffix(".md").write_text(markdown(rows))
+        write_table(args.out, {"model": args.model, "rows": rows}, markdown(rows))
         if len(rows) > 1:
             save(draw(rows), Path(args.out).with_suffix(".png"), "--out")
     print(markdown(rows))

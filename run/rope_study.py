@@ -34,7 +34,7 @@ from models.blocks import Candidates
 from models.merging import Merge, PoolIndex, pool_rows
 from models.methods.tome import ToMe
 from models.rope import AxialPositions, Positions, rotate
-from utils import table, write_json
+from utils import table, write_table
 
 SIZES: dict[str, Any] = {
     "embed_dim": 64,
@@ -271,8 +271,7 @@ def run(argv: Sequence[str]) -> None:
     args = build_parser().parse(argv)
     rows = measure(args)
     if args.out:
-        write_json(Path(args.out).with_suffix(".json"), {"images": RESOLUTION, "rows": rows})
-        Path(args.out).with_suffix(".md").write_text(markdown(rows))
+        write_table(args.out, {"images": RESOLUTION, "rows": rows}, markdown(rows))
     print(markdown(rows))
 
 

@@ -5,18 +5,10 @@ from typing import Any
 import pytest
 from timm.layers import RmsNorm
 from timm.models.eva import Eva
-from tiny import randomise
+from tiny import SIZES, randomise
 
 from models import MergeConfig, MergingViT, apply_merging
 
-SIZES: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 3,
-    "num_heads": 3,
-    "num_classes": 10,
-}
 ROPE: dict[str, Any] = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 DINOV3 = ROPE | {
     "rope_type": "dinov3",
